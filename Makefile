@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 EXTENSION := fastrnn/_C.abi3.so
 SOURCES := $(wildcard csrc/*.c csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(filter-out %.c %.inc,$(SOURCES)) $(wildcard tests/device/*.cu)
+, := ,
 NEEDED := torch numpy safetensors tokenizers tqdm setuptools pytest pytest_timeout hypothesis expecttest
 
 # $(call quiet,NAME,COMMANDS): the output goes to build/NAME.log and is shown only when a command fails.
@@ -48,13 +49,13 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	  || { echo "setup: fastrnn needs Python 3.10 or newer; name one: make PYTHON=python3.12"; exit 1; }
 	@echo "setup: installing torch and the other packages of constraints.txt into $(VENV) (once; a few minutes at most)"
 	@$(call quiet,setup,$(PYTHON) -m venv $(VENV) \
-	  && $(BIN)/python -m pip install -c constraints.txt setuptools wheel ninja \
-	  && FASTRNN_EXTENSION=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test$(,)plots]')
+	  && $(BIN)/python -m pip install --no-compile -c constraints.txt setuptools wheel ninja \
+	  && FASTRNN_EXTENSION=0 $(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[test$(,)plots]')
 	@touch $@
 else
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys, importlib.util as u; gone = [n for n in sys.argv[1:] if not u.find_spec(n)]; \
-	  sys.exit(gone and "setup: SYSTEM=1 wants these in " + sys.executable + ": " + " ".join(gone))' $(NEEDED)
+	  sys.exit("setup: SYSTEM=1 wants these in " + sys.executable + ": " + " ".join(gone) if gone else 0)' $(NEEDED)
 	@echo "setup: SYSTEM=1: $(VENV) borrows the packages of $(PYTHON), nothing is downloaded"
 	@$(call quiet,setup,$(PYTHON) -m venv --without-pip $(VENV) \
 	  && $(PYTHON) -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")]$(,) sep="\n")' \
@@ -62,8 +63,6 @@ $(VENV)/.installed: pyproject.toml
 	  && FASTRNN_EXTENSION=0 $(BIN)/python -m pip install --no-index --no-deps --no-build-isolation -e .)
 	@touch $@
 endif
-
-, := ,
 
 # Without a working compiler setup.py says so and leaves the extension out; then there is no file, and the next make tries again.
 $(EXTENSION): setup.py $(SOURCES) $(VENV)/.installed
