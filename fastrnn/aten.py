@@ -1,0 +1,172 @@
+"""PyTorch's own fused RNNs (oneDNN or per-step ATen on a CPU, cuDNN on a GPU) behind fastrnn's interfaces.
+
+`stack` runs a whole stack of layers with PyTorch's autograd, and with double backward where cuDNN has none. The
+``{lstm,gru,rnn}_{forward,backward}`` functions have the interface of `fastrnn.reference`: forward recovers the tensors
+that backward needs from the outputs by one matrix product, backward differentiates PyTorch's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import _VF, Tensor
+from torch.nn.functional import linear
+
+from .reference import _previous, _stack
+
+
+class DoublyDifferentiable(torch.autograd.Function):
+    """Run ``fused`` forward and backward, and differentiate ``definition`` instead when a graph of backward is wanted.
+
+    cuDNN has no derivative of its backward (pytorch/pytorch#5261), so ``create_graph=True`` runs
+    ``definition``, PyTorch's per-step RNN, anew.
+    """
+
+    @staticmethod
+    def forward(ctx, fused: Callable, definition: Callable, *inputs: Tensor):
+        ctx.definition = definition
+        ctx.save_for_backward(*inputs)
+        with torch.enable_grad():
+            ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+            ctx.outputs = fused(*ctx.inputs)
+        return tuple(t.detach() for t in ctx.outputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            inputs = [t.view_as(t) for t in ctx.saved_tensors]
+            outputs = ctx.definition(*inputs)
+        else:
+            inputs, outputs = ctx.inputs, ctx.outputs
+        wanted = [t for t, need in zip(inputs, needed) if need]
+        found = iter(
+            torch.autograd.grad(
+                outputs, wanted, grads, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+            )
+        )
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+def stack(
+    mode: str, x: Tensor, hx, weights: list[Tensor], bias: bool, num_layers: int, dropout: float, training: bool,
+    bidirectional: bool, batch_sizes: Tensor | None, needs_grad: bool,
+):  # fmt: skip
+    """Run a stack of layers as `torch.nn.LSTM` and its kin do: ``(y, hx)``; arguments as `fastrnn.ops.stack`."""
+    options = (mode, bias, num_layers, dropout, training, bidirectional, batch_sizes)
+    if not (needs_grad and x.device.type == "cuda"):
+        return _fused(options, x, hx, weights)
+    states = hx if mode == "LSTM" else (hx,)
+
+    def run(fused: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        states_in = tensors[1 : 1 + len(states)]
+        with torch.backends.cudnn.flags(enabled=fused and torch.backends.cudnn.enabled):
+            hx_in = states_in if mode == "LSTM" else states_in[0]
+            y, hx_out = _fused(options, tensors[0], hx_in, list(tensors[1 + len(states) :]))
+        return (y, *(hx_out if mode == "LSTM" else (hx_out,)))
+
+    tensors = (x, *states, *weights)
+    y, *ends = DoublyDifferentiable.apply(functools.partial(run, True), functools.partial(run, False), *tensors)
+    return y, (tuple(ends) if mode == "LSTM" else ends[0])
+
+
+def _fused(options: tuple, x: Tensor, hx, weights: list[Tensor]):
+    """API: ``torch._VF.lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu``."""
+    mode, bias, num_layers, dropout, training, bidirectional, batch_sizes = options
+    function = {"LSTM": _VF.lstm, "GRU": _VF.gru, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}[mode]
+    if batch_sizes is None:
+        result = function(x, hx, weights, bias, num_layers, dropout, training, bidirectional, False)
+    else:
+        result = function(x, batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional)
+    return (result[0], result[1:]) if mode == "LSTM" else result
+
+
+def layer(cell: str, a: dict, needs_grad: bool) -> tuple[Tensor, ...]:
+    """One layer in one direction, arguments by name as in the op's schema: ``(y, *states)``.
+
+    A single step runs PyTorch's cell (API: ``torch._VF.lstm_cell`` and its kin), which packs nothing.
+    """
+    mode = cell.upper() if cell != "rnn" else f"RNN_{a['nonlinearity'].upper()}"
+    states = (a["h0"], a["c0"]) if cell == "lstm" else (a["h0"],)
+    weights = [a["w_ih"], a["w_hh"], a["b_ih"], a["b_hh"]]
+    if a["x"].shape[0] != 1 or a.get("w_hr") is not None:
+        return _layer(mode, a["x"], states, [*weights, a.get("w_hr")], a["reverse"], needs_grad)
+    step = {
+        "LSTM": _VF.lstm_cell, "GRU": _VF.gru_cell, "RNN_TANH": _VF.rnn_tanh_cell, "RNN_RELU": _VF.rnn_relu_cell
+    }[mode]  # fmt: skip
+    ends = step(a["x"][0], states if cell == "lstm" else states[0], *weights)
+    ends = ends if cell == "lstm" else (ends,)
+    return (ends[0].unsqueeze(0), *ends)
+
+
+def _layer(mode: str, x: Tensor, states, weights: list[Tensor | None], reverse: bool, needs_grad: bool = False):
+    """One layer in one direction through the fused RNN: ``(y, *states)``."""
+    present, bias = [w for w in weights if w is not None], weights[2] is not None
+    hx = tuple(s.unsqueeze(0) for s in states)
+    y, out = stack(
+        mode, x.flip(0) if reverse else x, hx if mode == "LSTM" else hx[0], present, bias, 1, 0.0, needs_grad, False,
+        None, needs_grad,
+    )  # fmt: skip
+    out = out if mode == "LSTM" else (out,)
+    return (y.flip(0) if reverse else y, *(s.squeeze(0) for s in out))
+
+
+def lstm_forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, reverse, save):
+    """`fastrnn.reference.lstm_forward` by the fused LSTM; gates follow from ``y``, cells by a scan over the gates."""
+    y, hn, cn = _layer("LSTM", x, (h0, c0), [w_ih, w_hh, b_ih, b_hh, w_hr], reverse)
+    if not save:
+        return y.contiguous(), hn.clone(), cn.clone(), x.new_empty(0), x.new_empty(0)
+    pre = linear(x, w_ih, b_ih) + linear(_previous(y, h0, None, None, reverse), w_hh, b_hh)
+    i, f, g, o = pre.chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c, cells = c0, {}
+    for t in range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0]):
+        c = cells[t] = f[t] * c + i[t] * g[t]
+    return y.contiguous(), hn.clone(), cn.clone(), torch.cat((i, f, g, o), -1), _stack(cells, c0)
+
+
+def gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, save):
+    """`fastrnn.reference.gru_forward` by the fused GRU; the gates follow from ``y``."""
+    y, hn = _layer("GRU", x, (h0,), [w_ih, w_hh, b_ih, b_hh], reverse)
+    if not save:
+        return y.contiguous(), hn.clone(), x.new_empty(0)
+    xr, xz, xn = linear(x, w_ih, b_ih).chunk(3, -1)
+    hr, hz, q = linear(_previous(y, h0, None, None, reverse), w_hh, b_hh).chunk(3, -1)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    return y.contiguous(), hn.clone(), torch.cat((r, z, (xn + r * q).tanh(), q), -1)
+
+
+def rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, nonlinearity):
+    """`fastrnn.reference.rnn_forward` by the fused RNN."""
+    y, hn = _layer(f"RNN_{nonlinearity.upper()}", x, (h0,), [w_ih, w_hh, b_ih, b_hh], reverse)
+    return y.contiguous(), hn.clone()
+
+
+def lstm_backward(dy, dhn, dcn, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, reverse, y, gates, cells):
+    """`fastrnn.reference.lstm_backward` by differentiating the fused LSTM."""
+    grads = _differentiate("LSTM", (dy, dhn, dcn), x, (h0, c0), [w_ih, w_hh, b_ih, b_hh, w_hr], reverse)
+    dx, dh0, dc0, dw_ih, dw_hh, db, _, dw_hr = grads
+    return dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr
+
+
+def gru_backward(dy, dhn, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, y, gates):
+    """`fastrnn.reference.gru_backward` by differentiating the fused GRU."""
+    return _differentiate("GRU", (dy, dhn), x, (h0,), [w_ih, w_hh, b_ih, b_hh], reverse)
+
+
+def rnn_backward(dy, dhn, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, nonlinearity, y):
+    """`fastrnn.reference.rnn_backward` by differentiating the fused RNN."""
+    mode = f"RNN_{nonlinearity.upper()}"
+    return _differentiate(mode, (dy, dhn), x, (h0,), [w_ih, w_hh, b_ih, b_hh], reverse)[:5]
+
+
+def _differentiate(mode: str, grads, x: Tensor, states, weights: list[Tensor | None], reverse: bool):
+    """Gradients of one fused layer in the order ``x, *states, *weights``; an absent weight gives an empty tensor."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *states, *weights)]
+        states_in, weights_in = tuple(leaves[1 : 1 + len(states)]), leaves[1 + len(states) :]
+        outputs = _layer(mode, leaves[0], states_in, weights_in, reverse)
+        found = iter(torch.autograd.grad(outputs, [t for t in leaves if t is not None], grads))
+    return tuple(x.new_empty(0) if t is None else next(found).contiguous() for t in leaves)

@@ -1,0 +1,281 @@
+"""The one table of backends, and the one place where a backend is chosen.
+
+A backend is a name, a loader that returns its function for an op, and `refuse`, a pure function of the `Call` that
+returns None or the sentence saying why this backend does not take it. An explicit choice
+(``FASTRNN_BACKEND`` or `backend`) never falls back: it raises that sentence. An automatic choice keeps its reason and every refusal for `explain`.
+
+Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; and ``lstm``, ``gru``, ``rnn``, a whole stack
+of layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+CELLS = ("lstm", "gru", "rnn")
+CELL_OPS = tuple(f"{cell}_{way}" for cell in CELLS for way in ("forward", "backward"))
+OPS = (*CELLS, *CELL_OPS, "sample")
+
+
+class BackendRefusal(RuntimeError):
+    """An explicitly chosen backend does not take a call; the text is the backend's own sentence."""
+
+
+class Call(NamedTuple):
+    """What a choice may depend on. Sizes as in `fastrnn.reference`; ``hidden`` is V for ``sample``."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    time: int
+    batch: int
+    inputs: int
+    hidden: int
+    layers: int = 1
+    lengths: bool = False
+    reset: bool = False
+    projection: bool = False
+    needs_grad: bool = False
+    training: bool = False
+    dropout: bool = False
+    transform: str = ""  # "torch.func transform", "forward-mode AD", "torch.compile" or nothing
+
+    def __str__(self) -> str:
+        flags = [name for name in ("lengths", "reset", "projection", "needs_grad") if getattr(self, name)]
+        sizes = f"T={self.time} B={self.batch} I={self.inputs} H={self.hidden} L={self.layers}"
+        if self.op == "sample":
+            sizes = f"B={self.batch} V={self.hidden}"
+        return " ".join([self.op, self.device, str(self.dtype).removeprefix("torch."), sizes, *flags, self.transform])
+
+
+class Choice(NamedTuple):
+    """A backend's name, the reason for it, and the sentence of each backend that was asked before and refused."""
+
+    backend: str
+    reason: str
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+class Backend(NamedTuple):
+    """A row of the table."""
+
+    refuse: Callable[[Call], str | None]
+    load: Callable[[str], Callable]
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_reference(call: Call) -> str | None:
+    return None
+
+
+def _load_reference(op: str) -> Callable:
+    return getattr(importlib.import_module("fastrnn.reference_sample" if op == "sample" else "fastrnn.reference"), op)
+
+
+def _refuse_aten(call: Call) -> str | None:
+    if call.op == "sample":
+        return "PyTorch has no fused draw; use reference or cpu for sample"
+    if call.time == 0:
+        return "PyTorch's fused RNN takes no empty sequence"
+    if call.reset:
+        return "PyTorch's fused RNN takes no reset mask"
+    if call.lengths:
+        return "PyTorch's fused RNN takes no lengths for padded input (a PackedSequence it does take)"
+    if call.transform:
+        return f"PyTorch's fused RNN does not support {call.transform}"
+    if call.op == "lstm" and call.device == "cpu" and call.dtype == torch.float16:
+        return "oneDNN has no float16 LSTM on many CPUs"
+    if call.device == "cuda" and call.needs_grad and not call.training and call.op in CELLS:
+        return "cuDNN runs RNN backward in training mode only"
+    if call.device == "cuda" and call.needs_grad and call.dropout:
+        return "dropout inside cuDNN cannot be replayed for double backward; layer by layer it can"
+    return None
+
+
+def _load_aten(op: str) -> Callable:
+    return getattr(importlib.import_module("fastrnn.aten"), op)
+
+
+def _refuse_cpu(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"the C++ backend runs on CPU tensors, these are on {call.device}"
+    if missing := extension_missing():
+        return missing
+    if call.transform and call.transform != "torch.compile":
+        return f"the C++ kernels have no rule for {call.transform}; the reference has"
+    if call.op != "sample" and call.dtype not in (torch.float32, torch.float64):
+        return f"the C++ kernels take float32 and float64, not {str(call.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _load_cpu(op: str) -> Callable:
+    importlib.import_module("fastrnn._C")
+    return getattr(torch.ops.fastrnn_cpu, op).default
+
+
+TABLE: dict[str, Backend] = {
+    "reference": Backend(_refuse_reference, _load_reference),
+    "aten": Backend(_refuse_aten, _load_aten),
+    "cpu": Backend(_refuse_cpu, _load_cpu),
+}
+
+
+def preference(call: Call) -> tuple[tuple[str, str], ...]:
+    """The backends in the order in which an automatic choice asks them, each with the reason for its place."""
+    last = ("reference", "it takes every call")
+    if call.op in CELLS and call.time == 1 and call.layers == 1 and call.device == "cpu":
+        return ("cpu", "one step: no per-call packing of weights"), ("aten", "PyTorch's fused cell"), last
+    if call.op in CELLS:
+        return ("aten", "PyTorch's fused RNN runs the whole stack in one call"), ("cpu", "C++ kernels"), last
+    return ("cpu", "C++ kernels"), last
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+_explicit: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastrnn_backend", default=None)
+_record: contextvars.ContextVar[list | None] = contextvars.ContextVar("fastrnn_record", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Within this context every op runs on backend ``name`` ("reference", "aten", "cpu") or raises why it cannot.
+
+    None restores the automatic choice, also inside a context or under ``FASTRNN_BACKEND``.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    token = _explicit.set(_checked_name(name, "fastrnn.backend") if name is not None else "")
+    try:
+        yield
+    finally:
+        _explicit.reset(token)
+
+
+def explicit() -> str | None:
+    """The backend asked for by `backend` or else by ``FASTRNN_BACKEND``; None when the choice is automatic."""
+    name = _explicit.get()
+    if name is None:
+        name = os.environ.get("FASTRNN_BACKEND", "")
+        if name:
+            _checked_name(name, "FASTRNN_BACKEND")
+    return name or None
+
+
+def _checked_name(name: str, source: str) -> str:
+    if name not in TABLE:
+        raise ValueError(f"{source}: there is no backend {name!r}; the backends are {', '.join(TABLE)}")
+    return name
+
+
+def choose(call: Call) -> Choice:
+    """Choose the backend for ``call``.
+
+    Raises:
+        BackendRefusal: the explicitly chosen backend refuses; the text says why and what would work.
+    """
+    choice = _choose(call, explicit())
+    record = _record.get()
+    if record is not None:
+        record.append((call, choice))
+    return choice
+
+
+@functools.lru_cache(maxsize=8192)
+def _choose(call: Call, name: str | None) -> Choice:
+    if name is not None:
+        why = TABLE[name].refuse(call)
+        if why is not None:
+            raise BackendRefusal(
+                f"{call.op}: the backend {name!r} was asked for explicitly and refuses: {why} "
+                f"(call: {call}). Choose another backend or leave the choice automatic."
+            )
+        return Choice(name, "asked for explicitly")
+    refusals = []
+    for name, reason in preference(call):
+        why = TABLE[name].refuse(call)
+        if why is None:
+            return Choice(name, reason, tuple(refusals))
+        refusals.append((name, why))
+    raise AssertionError("the reference refuses nothing")
+
+
+@functools.cache
+def _function(name: str, op: str) -> Callable:
+    return TABLE[name].load(op)
+
+
+def pick(call: Call) -> Callable:
+    """The function of the chosen backend for an op of `CELL_OPS` or ``sample``."""
+    return _function(choose(call).backend, call.op)
+
+
+@functools.cache
+def extension_missing() -> str | None:
+    """None when the C++ extension can be loaded, otherwise the sentence that says why not and what to do."""
+    if importlib.util.find_spec("fastrnn._C") is None:
+        return (
+            "the C++ extension is not built; with a C++ compiler, "
+            "`pip install --no-build-isolation -e .` in the source tree builds it"
+        )
+    try:
+        importlib.import_module("fastrnn._C")
+    except (ImportError, OSError) as problem:
+        return f"the C++ extension does not load: {problem}"
+    return None
+
+
+def available() -> dict[str, str | None]:
+    """Each backend's name with None when it can run on this machine, or the sentence that says why not."""
+    return {name: extension_missing() if name == "cpu" else None for name in TABLE}
+
+
+# --- explaining -----------------------------------------------------------------------------------------------------
+
+
+class Explanation(list):
+    """A list of ``(Call, Choice)`` in the order of the calls; its text has one paragraph a distinct call."""
+
+    def __str__(self) -> str:
+        lines, seen = [], set()
+        for call, choice in self:
+            if (call, choice) in seen:
+                continue
+            seen.add((call, choice))
+            lines.append(f"{call}\n  -> {choice.backend}: {choice.reason}")
+            lines.extend(f"     not {name}: {why}" for name, why in choice.refusals)
+        return "\n".join(lines) or "no fastrnn op was called"
+
+
+def explain(module: Callable, *inputs, **kwargs) -> Explanation:
+    """Run ``module(*inputs, **kwargs)`` and tell which backend ran each op, why, and what the others said.
+
+    The module is run as it is called, in the current grad mode, without changing it; when a gradient is needed, the
+    choice for the backward op is listed too.
+
+    Returns:
+        Explanation: print it, or read its ``(Call, Choice)`` pairs.
+    """
+    record: list = []
+    token = _record.set(record)
+    try:
+        module(*inputs, **kwargs)
+    finally:
+        _record.reset(token)
+    result = Explanation(record)
+    for call, _ in record:
+        if call.op.endswith("_forward") and call.needs_grad:
+            backward = call._replace(op=call.op.replace("forward", "backward"))
+            result.append((backward, _choose(backward, explicit())))
+    return result

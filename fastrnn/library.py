@@ -1,0 +1,223 @@
+"""The ops as PyTorch knows them: schemas, fakes, autograd (any order), autocast.
+
+``torch.ops.fastrnn.{lstm,gru,rnn}_{forward,backward}`` run one layer in one direction over a sequence, with the
+arguments and results of the functions of the same names in `fastrnn.reference`; ``torch.ops.fastrnn.sample`` draws
+tokens as `fastrnn.reference_sample` defines it. Their bodies only ask `fastrnn.backends` for a function and call it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .backends import Call
+
+_library = torch.library.Library("fastrnn", "DEF")
+
+_OPTIONS = "Tensor? lengths, Tensor? reset, bool reverse"
+_WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
+_LSTM = f"Tensor x, Tensor h0, Tensor c0, {_WEIGHTS}, Tensor? w_hr, {_OPTIONS}"
+_GRU = f"Tensor x, Tensor h0, {_WEIGHTS}, {_OPTIONS}"
+SCHEMAS = {
+    "lstm_forward": f"({_LSTM}, bool save) -> (Tensor y, Tensor hn, Tensor cn, Tensor gates, Tensor cells)",
+    "lstm_backward": f"(Tensor dy, Tensor dhn, Tensor dcn, {_LSTM}, Tensor y, Tensor gates, Tensor cells)"
+    " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)",
+    "gru_forward": f"({_GRU}, bool save) -> (Tensor y, Tensor hn, Tensor gates)",
+    "gru_backward": f"(Tensor dy, Tensor dhn, {_GRU}, Tensor y, Tensor gates)"
+    " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)",
+    "rnn_forward": f"({_GRU}, str nonlinearity) -> (Tensor y, Tensor hn)",
+    "rnn_backward": f"(Tensor dy, Tensor dhn, {_GRU}, str nonlinearity, Tensor y)"
+    " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)",
+    "sample": "(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, Tensor? mask, Tensor seed,"
+    " Tensor sequence, Tensor step, int mode_of, bool logprobs)"
+    " -> (Tensor token, Tensor logprob, Tensor tempered_logprob, Tensor margin, Tensor status)",
+}
+
+# For each argument of a forward op that has a gradient, the result of the backward op that holds it. Both biases of the
+# LSTM and of the RNN have one gradient.
+GRADIENTS = {
+    "lstm": dict(x="dx", h0="dh0", c0="dc0", w_ih="dw_ih", w_hh="dw_hh", b_ih="db", b_hh="db", w_hr="dw_hr"),
+    "gru": dict(x="dx", h0="dh0", w_ih="dw_ih", w_hh="dw_hh", b_ih="db_ih", b_hh="db_hh"),
+    "rnn": dict(x="dx", h0="dh0", w_ih="dw_ih", w_hh="dw_hh", b_ih="db", b_hh="db"),
+}
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+ARGUMENTS: dict[str, tuple[str, ...]] = {}  # names by op, in the order of the schema
+RESULTS: dict[str, tuple[str, ...]] = {}
+
+
+def cell_of(op: str) -> str:
+    """The cell an op belongs to."""
+    return op.partition("_")[0]
+
+
+def _cotangents(cell: str) -> tuple[str, ...]:
+    return ("dy", "dhn", "dcn") if cell == "lstm" else ("dy", "dhn")
+
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+def run(op: str, args: Sequence) -> tuple[Tensor, ...]:
+    """The body of every cell op: ask the table for a function and call it."""
+    a = dict(zip(ARGUMENTS[op], args))
+    x = a["x"]
+    if (a["b_ih"] is None) != (a["b_hh"] is None):
+        alone = "b_hh" if a["b_ih"] is None else "b_ih"
+        raise ValueError(f"{op}: b_ih and b_hh must both be given or both be None, got only {alone}")
+    call = Call(
+        op, x.device.type, x.dtype, *x.shape, a["w_hh"].shape[0] // GATES[cell_of(op)],
+        lengths=a["lengths"] is not None, reset=a["reset"] is not None, projection=a.get("w_hr") is not None,
+        needs_grad=a.get("save", True),
+    )  # fmt: skip
+    return backends.pick(call)(*args)
+
+
+def run_sample(*args) -> tuple[Tensor, ...]:
+    logits = args[0]
+    batch, vocabulary = logits.shape
+    return backends.pick(Call("sample", logits.device.type, logits.dtype, 1, batch, 0, vocabulary))(*args)
+
+
+# --- fakes ----------------------------------------------------------------------------------------------------------
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _fake_forward(op: str, args: Sequence) -> tuple[Tensor, ...]:
+    a = dict(zip(ARGUMENTS[op], args))
+    x, states = a["x"], [a["h0"], a["c0"]] if "c0" in a else [a["h0"]]
+    time, batch, hidden = x.shape[0], x.shape[1], states[-1].shape[-1]
+    outputs = [x.new_empty((time, *a["h0"].shape)), *map(_like, states)]
+    kept = {"lstm": (4 * hidden, hidden), "gru": (4 * hidden,), "rnn": ()}[cell_of(op)]
+    return *outputs, *(x.new_empty((time, batch, width) if a["save"] else (0,)) for width in kept)
+
+
+def _fake_backward(op: str, args: Sequence) -> tuple[Tensor, ...]:
+    a = dict(zip(ARGUMENTS[op], args))
+    owner = {result: a[argument] for argument, result in GRADIENTS[cell_of(op)].items()}
+    return tuple(a["x"].new_empty(0) if owner[name] is None else _like(owner[name]) for name in RESULTS[op])
+
+
+def _fake_sample(logits, scale, top_k, top_p, min_p, mask, seed, sequence, step, mode_of, logprobs):
+    batch = logits.shape[0]
+    detail = [logits.new_empty(batch if logprobs else 0, dtype=torch.float32) for _ in range(3)]
+    token, status = logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.int32)
+    return token, *detail, status
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _setup(op: str, ctx, inputs: Sequence, output: Sequence[Tensor]) -> None:
+    """Keep every argument, and of a forward op also the outputs that its backward op takes."""
+    named = dict(zip(ARGUMENTS[op], inputs))
+    if op.endswith("_forward"):
+        named |= zip(RESULTS[op], output)
+        ctx.mark_non_differentiable(*(named[name] for name in ("gates", "cells") if name in named))
+    ctx.names = [name for name, value in named.items() if isinstance(value, Tensor)]
+    ctx.others = {name: value for name, value in named.items() if not isinstance(value, Tensor)}
+    ctx.save_for_backward(*(named[name] for name in ctx.names))
+
+
+def _named(ctx) -> dict:
+    return dict(zip(ctx.names, ctx.saved_tensors)) | ctx.others
+
+
+def _forward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Autograd of a forward op: its backward op. A gradient that serves both biases is copied for the second."""
+    a, cell, backward = _named(ctx), cell_of(op), f"{cell_of(op)}_backward"
+    if not a.get("save", True):
+        raise RuntimeError(f"{op}: called with save=False, so nothing was kept for backward; call it with save=True")
+    a |= zip(_cotangents(cell), grads)
+    results = getattr(torch.ops.fastrnn, backward)(*(a[name] for name in ARGUMENTS[backward]))
+    by_name = dict(zip(RESULTS[backward], results))
+    gradients = {argument: by_name[result] for argument, result in GRADIENTS[cell].items() if a[argument] is not None}
+    if gradients.get("b_hh") is not None and gradients["b_hh"] is gradients["b_ih"]:
+        gradients["b_hh"] = gradients["b_ih"].clone()
+    return tuple(gradients.get(name) for name in ARGUMENTS[op])
+
+
+def _backward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Autograd of a backward op: differentiate the gradient of the definition.
+
+    What forward kept (``y``, ``gates``, ``cells``) is a function of the forward's arguments and is recomputed here, so
+    it gets no gradient of its own. Made of plain PyTorch, this is differentiable any number of times.
+    """
+    a, cell = _named(ctx), cell_of(op)
+    cotangents = _cotangents(cell)
+    arguments = [name for name in GRADIENTS[cell] if a[name] is not None]
+    forward_op = getattr(reference, f"{cell}_forward")
+
+    def forward(*values: Tensor) -> tuple[Tensor, ...]:
+        given = a | dict(zip(arguments, values)) | {"save": False}
+        return forward_op(*(given[name] for name in ARGUMENTS[f"{cell}_forward"]))[: len(cotangents)]
+
+    def backward(*values: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(forward, *values[len(cotangents) :])[1](values[: len(cotangents)])
+
+    by_name = dict(zip(RESULTS[op], grads))
+    weights = [by_name[GRADIENTS[cell][name]] for name in arguments]
+    if cell != "gru" and "b_hh" in arguments:  # `db` serves both biases: its cotangent counts once
+        weights[arguments.index("b_hh")] = torch.zeros_like(a["b_hh"])
+    names = [*cotangents, *arguments]
+    found = torch.func.vjp(backward, *(a[name] for name in names))[1](tuple(weights))
+    gradients = dict(zip(names, found))
+    return tuple(gradients.get(name) for name in ARGUMENTS[op])
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+
+def cast(tensors: Sequence, dtype: torch.dtype) -> list:
+    """Floating tensors except float64 in ``dtype``, as torch's own autocast casts the arguments of `torch.nn.LSTM`."""
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _autocast(op: str, device: str, keyset, *args):
+    """Autocast rule of an op: the cells run in the region's dtype; a draw is defined on float32 logits."""
+    dtype = torch.float32 if op == "sample" else torch.get_autocast_dtype(device)
+    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        return getattr(torch.ops.fastrnn, op)(*cast(args, dtype))
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _register(op: str) -> None:
+    name = f"fastrnn::{op}"
+    _library.define(op + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    schema = getattr(torch.ops.fastrnn, op).default._schema
+    ARGUMENTS[op] = tuple(argument.name for argument in schema.arguments)
+    RESULTS[op] = tuple(result.name for result in schema.returns)
+    for device in ("cpu", "cuda"):
+        kernel = functools.partial(_autocast, op, device)
+        _library.impl(op, kernel, f"Autocast{device.upper()}", with_keyset=True)
+    if op == "sample":
+        _library.impl(op, run_sample, "CompositeExplicitAutograd")
+        torch.library.register_fake(name, _fake_sample, lib=_library)
+        return
+    fake, gradient = (
+        (_fake_forward, _forward_gradient) if op.endswith("_forward") else (_fake_backward, _backward_gradient)
+    )
+    _library.impl(op, lambda *args: run(op, args), "CompositeExplicitAutograd")
+    torch.library.register_fake(name, lambda *args: fake(op, args), lib=_library)
+    torch.library.register_autograd(
+        name,
+        lambda ctx, *grads: gradient(op, ctx, *grads),
+        setup_context=lambda ctx, inputs, output: _setup(op, ctx, inputs, output),
+        lib=_library,
+    )
+
+
+for _op in SCHEMAS:
+    _register(_op)

@@ -1,0 +1,178 @@
+"""The fronts of the ops, which the layers call: they decide how a call gets to its backend.
+
+A call goes through the registered op (`fastrnn.library`) where a gradient, a compiler or a tensor subclass is involved,
+straight to the backend's function where not, to the reference under ``torch.func`` transforms and forward-mode AD,
+which go through plain PyTorch, and to PyTorch's own fused RNN where the table says ``aten``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import _VF, Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from . import aten, backends, reference
+from .backends import Call
+from .library import ARGUMENTS, GATES, cast, run, run_sample
+
+
+def lstm(
+    x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None, w_hr: Tensor | None = None, *, lengths: Tensor | None = None,
+    reset: Tensor | None = None, reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One LSTM layer in one direction: ``(y (T,B,P), hn (B,P), cn (B,H))``; arguments as `fastrnn.reference`."""
+    return _layer("lstm", (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, reverse))[:3]
+
+
+def gru(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
+    lengths: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One GRU layer in one direction: ``(y (T,B,H), hn (B,H))``; arguments as `fastrnn.reference`."""
+    return _layer("gru", (x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse))[:2]
+
+
+def rnn(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
+    nonlinearity: str = "tanh", lengths: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One Elman layer in one direction: ``(y (T,B,H), hn (B,H))``; arguments as `fastrnn.reference`."""
+    return _layer("rnn", (x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, nonlinearity))[:2]
+
+
+def sample(
+    logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, mask: Tensor | None, seed: Tensor,
+    sequence: Tensor, step: Tensor, mode_of: int = 1, logprobs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Draw a token a row as `fastrnn.reference_sample` defines it (arguments there)."""
+    args = (logits.detach(), scale, top_k, top_p, min_p, mask, seed, sequence, step, mode_of, logprobs)
+    return run_sample(*args) if _plain(args) else torch.ops.fastrnn.sample(*args)
+
+
+def transform() -> str:
+    """What surrounds this call and decides how it runs: a compiler, ``torch.func``, forward-mode AD, or nothing."""
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    return "forward-mode AD" if forward_ad._current_level >= 0 else ""
+
+
+def _plain(args: Sequence) -> bool:
+    """Whether the arguments are ordinary tensors outside every mode, so that the dispatcher has nothing to add."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(a) in (Tensor, torch.nn.Parameter) for a in args if isinstance(a, Tensor))
+    )
+
+
+def _in_autocast(args: tuple) -> tuple:
+    device = args[0].device.type
+    return tuple(cast(args, torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else args
+
+
+def _needs_grad(args: Sequence) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _layer(cell: str, args: tuple) -> tuple[Tensor, ...]:
+    """Run one layer by the shortest way that does what the surroundings ask for."""
+    args = _in_autocast(args)
+    forward, needs_grad, surroundings = f"{cell}_forward", _needs_grad(args), transform()
+    tail = () if cell == "rnn" else (needs_grad,)
+    if surroundings == "torch.compile":
+        return getattr(torch.ops.fastrnn, forward)(*args, *tail)
+    a, x = dict(zip(ARGUMENTS[forward], args)), args[0]
+    call = Call(
+        cell, x.device.type, x.dtype, *x.shape, a["w_hh"].shape[0] // GATES[cell], lengths=a["lengths"] is not None,
+        reset=a["reset"] is not None, projection=a.get("w_hr") is not None, needs_grad=needs_grad, training=True,
+        transform=surroundings,
+    )  # fmt: skip
+    backend = backends.choose(call).backend
+    if surroundings and backend == "reference":
+        return getattr(reference, forward)(*args, *(() if cell == "rnn" else (False,)))
+    if backend == "aten":
+        return aten.layer(cell, a, needs_grad)
+    if needs_grad or not _plain(args):
+        return getattr(torch.ops.fastrnn, forward)(*args, *tail)
+    return run(forward, (*args, *tail))
+
+
+def stack(
+    mode: str, x: Tensor, hx, weights: Sequence[Tensor], *, bias: bool, num_layers: int, dropout: float,
+    training: bool, bidirectional: bool, batch_sizes: Tensor | None = None, lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+):  # fmt: skip
+    """Run a stack of layers as `torch.nn.LSTM` and its kin do.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+        x: ``(T, B, I)``, or ``(sum of lengths, I)`` with ``batch_sizes``, the fields of a PackedSequence.
+        hx: initial states ``(L*D, B, .)``; a pair ``(h, c)`` of them for the LSTM.
+        weights: in the order of ``torch.nn.RNNBase._flat_weights``.
+        dropout: probability, applied in training between the layers.
+        lengths: ``(B,)`` int64, for padded ``x``; see `fastrnn.reference`.
+        reset: ``(T, B)`` bool in forward time: True starts a new segment at that step, in both directions.
+
+    Returns:
+        ``(y, hx)`` with the shapes of `torch.nn.LSTM`; ``y`` is packed data when ``batch_sizes`` is given.
+    """
+    cell = mode.partition("_")[0].lower()
+    states = hx if cell == "lstm" else (hx,)
+    if transform() != "torch.compile":
+        time, batch = (len(batch_sizes), int(batch_sizes[0])) if batch_sizes is not None else x.shape[:2]
+        needs_grad = _needs_grad((x, *states, *weights))
+        call = Call(
+            cell, x.device.type, x.dtype, time, batch, x.shape[-1], states[-1].shape[-1], layers=num_layers,
+            lengths=lengths is not None, reset=reset is not None, needs_grad=needs_grad,
+            projection=len(weights) > states[0].shape[0] * (2 + 2 * bias), training=training,
+            dropout=dropout > 0 and training, transform=transform(),
+        )  # fmt: skip
+        if backends.choose(call).backend == "aten":
+            options = (bias, num_layers, dropout, training, bidirectional, batch_sizes)
+            return aten.stack(mode, x, hx, list(weights), *options, needs_grad=needs_grad)
+    dropout = dropout if training else 0.0
+    if batch_sizes is None:
+        return _layer_by_layer(mode, x, states, weights, bias, dropout, bidirectional, lengths, reset)
+    x, host_lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
+    lengths = host_lengths.to(x.device)
+    y, hx = _layer_by_layer(mode, x, states, weights, bias, dropout, bidirectional, lengths, reset)
+    return _VF._pack_padded_sequence(y, host_lengths, False)[0], hx
+
+
+def _layer_by_layer(
+    mode: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, dropout: float,
+    bidirectional: bool, lengths: Tensor | None, reset: Tensor | None,
+):  # fmt: skip
+    """The stack as a loop over layers and directions; ``dropout`` is 0 outside training."""
+    cell, _, nonlinearity = mode.lower().partition("_")
+    front = {"lstm": lstm, "gru": gru, "rnn": rnn}[cell]
+    options = {"nonlinearity": nonlinearity} if cell == "rnn" else {}
+    slots, directions = states[0].shape[0], 1 + bidirectional
+    per_slot = len(weights) // slots
+    resets = (reset, None if reset is None else torch.cat((reset[1:], torch.zeros_like(reset[:1]))))
+    ends: list[tuple[Tensor, ...]] = []
+    for slot in range(slots):
+        direction = slot % directions
+        if direction == 0:
+            if slot and dropout:
+                x = F.dropout(x, dropout, True)
+            outputs = []
+        own = list(weights[slot * per_slot : (slot + 1) * per_slot])
+        biases = own[2:4] if bias else [None, None]
+        projection = own[2 + 2 * bias :] if cell == "lstm" else []
+        y, *end = front(
+            x, *(s[slot] for s in states), *own[:2], *biases, *projection, lengths=lengths, reset=resets[direction],
+            reverse=direction == 1, **options,
+        )  # fmt: skip
+        outputs.append(y)
+        ends.append(tuple(end))
+        if len(outputs) == directions:
+            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    hx = tuple(torch.stack(s) for s in zip(*ends))
+    return x, (hx if cell == "lstm" else hx[0])
