@@ -31,7 +31,7 @@ class Twin(nn.Module):
         To swap the layers of a whole model back in place, use `fastrnn.to_torch(model)`.
         TypeError for a subclass of ours: torch.nn has no twin of it.
         """
-        from .convert import twin
+        from .conversion import twin
 
         return twin(self)
 
