@@ -11,8 +11,8 @@ Notation: ``x (B, V)`` float32 logits, ``c = log2(e) / T`` the row's float32 sca
    ``U_t = (((W_t >> 24) * m24_t) >> 16) >> min(-k_t, 63)``, ``U = sum U_t``. One tile: ``U = W_0``.
 4. **Randomness.** Philox4x32-10 (Salmon et al., SC 2011), key ``(seed_lo, seed_hi)``, counter
    ``(draw, step, sequence_lo, sequence_hi)``; ``r_tile = w0 + 2**32 w1``, ``r_token = w2 + 2**32 w3``.
-5. **Draw.** The tile is the first whose prefix sum of ``U_t`` exceeds ``floor(r_tile * U / 2**64)``, the token the first
-   in it whose prefix sum of ``w_i`` exceeds ``floor(r_token * W_tile / 2**64)``.
+5. **Draw.** The tile is the first whose prefix sum of ``U_t`` exceeds ``floor(r_tile * U / 2**64)``, the token the
+   first in it whose prefix sum of ``w_i`` exceeds ``floor(r_token * W_tile / 2**64)``.
 6. **Filters**, before step 2, in this order, on the survivors sorted by (value, lowest id), where ``x_max`` is the
    largest allowed logit: top_k keeps the first k; top_p keeps the shortest prefix whose sum of
    ``E((x_i - x_max) * c) >> 16`` reaches ``ceil(top_p * total)``, ``total`` being that sum over the survivors of
@@ -21,8 +21,11 @@ Notation: ``x (B, V)`` float32 logits, ``c = log2(e) / T`` the row's float32 sca
 7. **Greedy** (``c = 0``): the largest allowed logit, lowest id on ties; no filter can remove it.
 8. **mode_of = N**: the token most often drawn in draws 0 .. N-1, lowest id on ties.
 
--0.0 equals 0.0; an id that is masked or -inf is never drawn. A row that cannot be sampled gets a nonzero status, token 0
-and NaN floats, and touches no other row.
+-0.0 equals 0.0; an id that is masked or -inf is never drawn. A row that cannot be sampled gets a nonzero status, token
+0 and NaN floats, and touches no other row.
+
+Over every float32 z in [-64, 0], measured once: E never decreases with z; it is within ``1 + 2**(z + 32)`` of ``2**(z + 54)``; and
+``m24 * 2**(k - 23)`` is within a relative 1.561e-7 = 2**-22.6 of ``2**z``.
 """
 
 from __future__ import annotations
@@ -102,7 +105,7 @@ def mulhi64(a: Tensor, b: Tensor) -> Tensor:
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words (as int64) of the int64 ``seed`` (read as uint64) and a counter of four words."""
+    """Philox4x32-10: four 32-bit words (as int64) of ``seed`` (int64 read as uint64) and a counter of four words."""
     k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -181,7 +184,7 @@ def _boundary_distance(low: Tensor, high: Tensor, threshold: Tensor, total: Tens
 
 
 def _look_up(mass: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    """First index whose prefix sum of ``mass (..., n)`` exceeds ``mulhi64(random, total)``, and the margin; (..., N)."""
+    """First index whose prefix sum of ``mass (b, n)`` exceeds ``mulhi64(random, total)``, and its margin; (b, N)."""
     prefix = mass.cumsum(-1)
     total = prefix[..., -1:].expand_as(random).contiguous()
     threshold = mulhi64(random, total)

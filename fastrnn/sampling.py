@@ -1,0 +1,277 @@
+"""How a token is drawn: the parameters, their translation into a kernel's numbers, and the `sample` front.
+
+`fastrnn.reference_sample` defines the draw. A token depends on its row's logits, its parameters and the integers
+(seed, sequence, step) alone: not on the batch, the row's place, the device or the number of threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+TEMPERATURE_RANGE = (1e-30, 1e30)  # keeps log2(e) / T a normal float32
+MAX_VOCABULARY = 1 << 24
+MAX_CACHED_ROWS = 4096
+
+STATUS_TEXTS = {
+    0: "drawn",
+    1: "NaN among the logits",
+    2: "+inf among the logits, so that there is no softmax",
+    3: "no allowed token (every logit is masked or -inf)",
+    4: "a sampling parameter outside its range",
+}
+
+
+class KernelNumbers(NamedTuple):
+    """One row's parameters as the ``sample`` op takes them: float32 values in floats, ``top_p`` in units of 2**-63."""
+
+    scale: float
+    top_k: int
+    top_p: int
+    min_p: float
+
+
+class Draw(NamedTuple):
+    """What `sample` knows of a draw; each (B,), or () for logits of one dimension.
+
+    token             int64, -1 where status is not 0
+    logprob           float32, natural log of its probability under the softmax of all logits at temperature 1
+    tempered_logprob  float32, the same at the given temperature for what mask and filters leave (0 for greedy)
+    margin            float32: the token stays while the survivors do and every logit changes by less than
+                      ``2 * temperature * (margin - 1e-6)`` (greedy: ``margin / 2``); 1e-6 covers rounding
+    status            int32, a key of `STATUS_TEXTS`; the floats are NaN where it is not 0
+    """
+
+    token: Tensor
+    logprob: Tensor
+    tempered_logprob: Tensor
+    margin: Tensor
+    status: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to draw from logits, in Hugging Face's words and order: mask, temperature, top_k, top_p, min_p.
+
+    temperature  0 is greedy (the largest logit, lowest id on ties), otherwise 1e-30 to 1e30
+    top_k        keep the k largest logits, the lowest ids on ties; 0 is off
+    top_p        keep the shortest run of likeliest tokens whose probabilities reach top_p, in (0, 1]; 1 is off
+    min_p        keep tokens at least min_p times as likely as the likeliest, in [0, 1]; 0 is off
+    mode_of      the token most often drawn in this many draws, the lowest id on ties; 1 is a plain draw
+
+    Raises ValueError for a number outside its range, TypeError for what is no number.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    mode_of: int = 1
+
+    def __post_init__(self) -> None:
+        self.numbers()
+        check_mode_of(self.mode_of)
+
+    def numbers(self) -> KernelNumbers:
+        """The numbers that the ``sample`` op takes."""
+        return KernelNumbers(scale(self.temperature), top_k(self.top_k), top_p(self.top_p), min_p(self.min_p))
+
+
+def _real(name: str, value: float) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _whole(name: str, value: int, low: int, high: int, need: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    value = operator.index(value)
+    if not low <= value < high:
+        raise ValueError(f"{name} must be {need}, got {value}")
+    return value
+
+
+def _float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def scale(temperature: float) -> float:
+    """log2(e) / temperature, rounded once to float32; 0 for greedy."""
+    low, high = TEMPERATURE_RANGE
+    value = _real("temperature", temperature)
+    if value == 0:
+        return 0.0
+    if not low <= value <= high:
+        raise ValueError(f"temperature must be 0 (greedy) or between {low:g} and {high:g}, got {temperature}")
+    return _float32(1.4426950408889634 / value)
+
+
+def top_k(value: int) -> int:
+    """top_k itself, checked."""
+    return _whole("top_k", value, 0, 1 << 63, "at least 0 (0 = off)")
+
+
+def top_p(value: float) -> int:
+    """top_p in units of 2**-63, rounded up (exact from 2**-10 on); 0 when it is 1, which is off."""
+    number = _real("top_p", value)
+    if not 0 < number <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (1 = off), got {value}")
+    return 0 if number == 1 else math.ceil(math.ldexp(number, 63))
+
+
+def min_p(value: float) -> float:
+    """-log2(min_p), rounded once to float32; +inf when min_p is 0, which is off."""
+    number = _real("min_p", value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"min_p must be between 0 and 1 (0 = off), got {value}")
+    return math.inf if number == 0 else _float32(0.0 - math.log2(number))
+
+
+def check_mode_of(value: int) -> int:
+    """mode_of itself, checked."""
+    return _whole("mode_of", value, 1, 1 << 31, "at least 1 (1 = a plain draw)")
+
+
+def _bits(value: int, name: str) -> int:
+    """An integer of up to 64 bits, signed or not, as the int64 with the same bits."""
+    value = _whole(name, value, -(1 << 63), 1 << 64, "an integer of 64 bits")
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _step(value: int) -> int:
+    return _whole("step", value, 0, 1 << 32, "at least 0 and below 2**32")
+
+
+def _rows(name: str, value: object, rows: int, device: torch.device, convert: Callable, dtype: torch.dtype) -> Tensor:
+    """A parameter given as one number or as one a row, converted number by number; (rows,)."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # torch and numpy
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return torch.full((rows,), convert(value), dtype=dtype, device=device)
+    if len(value) != rows:
+        raise ValueError(f"sample: {name} must be one number or one for each of the {rows} rows, got {len(value)}")
+    known = {v: convert(v) for v in dict.fromkeys(value)}
+    return torch.tensor([known[v] for v in value], dtype=dtype, device=device)
+
+
+_PARAMETERS = {
+    "temperature": (scale, torch.float32), "top_k": (top_k, torch.int64),
+    "top_p": (top_p, torch.int64), "min_p": (min_p, torch.float32),
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=128)
+def _cached_rows(name: str, value: float, kind: type, rows: int, device: torch.device) -> Tensor:
+    return _rows(name, value, rows, device, *_PARAMETERS[name])
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_range(rows: int, device: torch.device) -> Tensor:
+    return torch.arange(rows, device=device)
+
+
+def _parameter(name: str, value: object, rows: int, device: torch.device) -> Tensor:
+    if type(value) in (int, float) and rows <= MAX_CACHED_ROWS:
+        return _cached_rows(name, value, type(value), rows, device)
+    return _rows(name, value, rows, device, *_PARAMETERS[name])
+
+
+def _integers(name: str, value: object, rows: int, device: torch.device, convert: Callable) -> Tensor:
+    if isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.int64 and len(value) == rows:
+        return value.to(device).contiguous()
+    return _rows(name, value, rows, device, convert, torch.int64)
+
+
+def _check_logits(logits: Tensor, mask: Tensor | None) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"sample: logits must be a floating-point tensor, got {getattr(logits, 'dtype', type(logits))}")
+    if logits.dim() not in (1, 2):
+        raise ValueError(f"sample: logits must be (V,) or (B, V), got {tuple(logits.shape)}")
+    if not 1 <= logits.shape[-1] <= MAX_VOCABULARY:
+        raise ValueError(f"sample: logits must have 1 to {MAX_VOCABULARY} columns (tokens), got {logits.shape[-1]}")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"sample: mask must be a bool tensor, True = allowed, got {getattr(mask, 'dtype', type(mask))}")
+    rows, vocabulary = logits.shape[0] if logits.dim() == 2 else 1, logits.shape[-1]
+    if tuple(mask.shape) not in ((vocabulary,), (1, vocabulary), (rows, vocabulary)):
+        need = f"({vocabulary},) or ({rows}, {vocabulary}) because logits are {tuple(logits.shape)}"
+        raise ValueError(f"sample: mask must be {need}, got {tuple(mask.shape)}")
+
+
+def _refusal(status: Tensor) -> str:
+    """The message for rows that cannot be drawn."""
+    parts = []
+    for code, text in STATUS_TEXTS.items():
+        rows = (status == code).nonzero()[:, 0].tolist() if code else []
+        if rows:
+            names = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            parts.append(f"row{'s' * (len(rows) > 1)} {names}: {text}")
+    return f"sample: cannot draw from {'; '.join(parts)} (return_details=True gives each row's status instead)"
+
+
+def sample(
+    logits: Tensor,
+    temperature: float | Sequence[float] | Tensor = 1.0,
+    *,
+    top_k: int | Sequence[int] | Tensor = 0,
+    top_p: float | Sequence[float] | Tensor = 1.0,
+    min_p: float | Sequence[float] | Tensor = 0.0,
+    mask: Tensor | None = None,
+    mode_of: int = 1,
+    seed: int | Sequence[int] | Tensor = 0,
+    sequence: Sequence[int] | Tensor | None = None,
+    step: int | Sequence[int] | Tensor = 0,
+    return_details: bool = False,
+) -> Tensor | Draw:
+    """Draw one token from each row of ``logits`` (B, V), or from ``logits`` (V,); token ids int64 (B,) or ().
+
+    logits: any floating dtype, converted to float32. temperature, top_k, top_p, min_p: as in `SamplingParams`, one
+    number or one a row. mask: (V,) or (B, V) bool, True = allowed. seed, sequence, step: the 64-bit seed, the id of
+    each row's sequence (default 0 .. B-1) and the position in it (32 bits) name the draw's random numbers: the same
+    three give the same token from the same logits everywhere, and a row keeps its draw in any batch when it keeps its
+    sequence id. Of an int64 tensor ``step`` the low 32 bits count.
+
+    With ``return_details`` the result is a `Draw`. Without it a row that cannot be drawn from (NaN, +inf or nothing
+    allowed) raises a ValueError that names it.
+    """
+    _check_logits(logits, mask)
+    check_mode_of(mode_of)
+    table = logits.detach()
+    table = (table if logits.dim() == 2 else table[None]).to(torch.float32).contiguous()
+    rows, device = table.shape[0], table.device
+    if sequence is None:
+        sequence = _cached_range(rows, device)
+    elif not (rows == 1 or hasattr(sequence, "__len__") or isinstance(sequence, Tensor)):
+        raise ValueError(f"sample: sequence must have one id for each of the {rows} rows, got {sequence!r}")
+    if mask is not None:
+        mask = mask.to(device).reshape(-1, table.shape[1]).contiguous()
+    token, logprob, tempered, margin, status = ops.sample(
+        table,
+        _parameter("temperature", temperature, rows, device),
+        _parameter("top_k", top_k, rows, device),
+        _parameter("top_p", top_p, rows, device),
+        _parameter("min_p", min_p, rows, device),
+        mask,
+        _integers("seed", seed, rows, device, functools.partial(_bits, name="seed")),
+        _integers("sequence", sequence, rows, device, functools.partial(_bits, name="sequence")),
+        _integers("step", step, rows, device, _step),
+        int(mode_of),
+        return_details,
+    )
+    if return_details:
+        parts = (token.masked_fill(status != 0, -1), logprob, tempered, margin, status)
+        return Draw(*(parts if logits.dim() == 2 else (part[0] for part in parts)))
+    if bool(status.any()):
+        raise ValueError(_refusal(status))
+    return token if logits.dim() == 2 else token[0]
