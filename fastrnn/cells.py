@@ -110,7 +110,7 @@ class _Cell(Twin):
             return False
         if x.size(-1) != self.input_size or x.device != weight.device:
             return False
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = torch._C._is_any_autocast_enabled()
         if x.dtype != weight.dtype and not autocast:
             return False
         if hx is None:

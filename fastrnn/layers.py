@@ -72,7 +72,7 @@ class _Layers(Twin, nn.RNNBase):
         """Whether torch.nn would take the call, as far as x (…, I), hx and the first weight can say."""
         if x.size(-1) != self.input_size or x.device != weight.device or x.size(0) == 0:
             return False
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = torch._C._is_any_autocast_enabled()
         if x.dtype != weight.dtype and not autocast:
             return False
         if hx is None:

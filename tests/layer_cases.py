@@ -1,0 +1,66 @@
+"""What the layer tests share: torch.nn's and our module with equal weights, and every output and gradient of a run."""
+
+from __future__ import annotations
+
+import torch
+from oracle import assert_all_close
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import layers
+
+LAYERS = ("LSTM", "GRU", "RNN")
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+
+
+def pair(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:
+    """torch.nn's module and ours with the same weights."""
+    theirs, ours = getattr(nn, name)(*args, **kwargs), getattr(layers, name)(*args, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def make_state(module: nn.Module, *batch: int, **like) -> Tensor | tuple[Tensor, Tensor]:
+    """A random initial state of a layer or a cell; `batch` is (B,) or nothing for unbatched input."""
+    if isinstance(module, nn.RNNCellBase):
+        lead, width = batch, module.hidden_size
+    else:
+        lead = (module.num_layers * (2 if module.bidirectional else 1), *batch)
+        width = module.proj_size or module.hidden_size
+    h = torch.randn(*lead, width, **like)
+    return (h, torch.randn(*lead, module.hidden_size, **like)) if module._get_name().startswith("LSTM") else h
+
+
+def flat(value) -> list[Tensor]:
+    """The tensors in a result or an argument."""
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in flat(part)] if value is not None else []
+
+
+def cast(value, dtype: torch.dtype):
+    """The argument as a fresh leaf of that dtype with a gradient to come."""
+    if isinstance(value, PackedSequence):
+        return PackedSequence(cast(value.data, dtype), *value[1:])
+    if isinstance(value, (tuple, list)):
+        return tuple(cast(part, dtype) for part in value)
+    return value if value is None else value.detach().to(dtype).requires_grad_()
+
+
+def outcome(module: nn.Module, input, hx, dtype: torch.dtype, **kwargs) -> list[Tensor]:
+    """Every output and state of one call, then the gradients of input, hx and parameters for a fixed random loss."""
+    module, input, hx = module.to(dtype), cast(input, dtype), cast(hx, dtype)
+    outputs = flat(module(input, hx, **kwargs))
+    generator = torch.Generator().manual_seed(7)
+    loss = sum((out * torch.randn(out.shape, generator=generator).to(dtype)).sum() for out in outputs)
+    wanted = [*flat(input), *flat(hx), *module.parameters()]
+    return [*outputs, *torch.autograd.grad(loss, wanted)]
+
+
+def assert_same(theirs: nn.Module, ours: nn.Module, input, hx=None, dtype=torch.float64, **kwargs) -> None:
+    """Hold our outputs, states and every gradient to torch.nn's in float64, by torch.nn's own error in `dtype`."""
+    expected = outcome(theirs, input, hx, torch.float64)
+    plain = None if dtype == torch.float64 else outcome(theirs, input, hx, dtype)
+    assert_all_close(outcome(ours, input, hx, dtype, **kwargs), expected, plain, f"{ours}")
