@@ -7,8 +7,9 @@ that backward needs from the outputs by one matrix product, backward differentia
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import _VF, Tensor
@@ -164,9 +165,24 @@ def rnn_backward(dy, dhn, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse
 
 def _differentiate(mode: str, grads, x: Tensor, states, weights: list[Tensor | None], reverse: bool):
     """Gradients of one fused layer in the order ``x, *states, *weights``; an absent weight gives an empty tensor."""
-    with torch.enable_grad():
+    with _autograd_within_an_op():
         leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *states, *weights)]
         states_in, weights_in = tuple(leaves[1 : 1 + len(states)]), leaves[1 + len(states) :]
         outputs = _layer(mode, leaves[0], states_in, weights_in, reverse)
         found = iter(torch.autograd.grad(outputs, [t for t in leaves if t is not None], grads))
     return tuple(x.new_empty(0) if t is None else next(found).contiguous() for t in leaves)
+
+
+@contextlib.contextmanager
+def _autograd_within_an_op() -> Iterator[None]:
+    """Record a graph although the body of an op runs below autograd."""
+    keys = [getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")]
+    excluded = [key for key in keys if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]
+    for key in excluded:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key in excluded:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)

@@ -1,8 +1,9 @@
 """The one table of backends, and the one place where a backend is chosen.
 
 A backend is a name, a loader that returns its function for an op, and `refuse`, a pure function of the `Call` that
-returns None or the sentence saying why this backend does not take it. An explicit choice
-(``FASTRNN_BACKEND`` or `backend`) never falls back: it raises that sentence. An automatic choice keeps its reason and every refusal for `explain`.
+returns None or the sentence saying why this backend does not take it. An explicit choice (``FASTRNN_BACKEND`` or
+`backend`) never falls back: it raises that sentence. An automatic choice keeps its reason and every refusal for
+`explain`.
 
 Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; and ``lstm``, ``gru``, ``rnn``, a whole stack
 of layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FACTOR = 3.0
-FLOOR_ULPS = 16.0  # units of eps(D) times the largest magnitude of the expected tensor
+FLOOR_ULPS = 64.0  # units of eps(D) times the largest magnitude expected; float64 results have only this, over all steps
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
