@@ -176,7 +176,8 @@ def _differentiate(mode: str, grads, x: Tensor, states, weights: list[Tensor | N
 @contextlib.contextmanager
 def _autograd_within_an_op() -> Iterator[None]:
     """Record a graph although the body of an op runs below autograd."""
-    keys = [getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")]
+    names = ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
+    keys = [getattr(torch._C.DispatchKey, name) for name in names]
     excluded = [key for key in keys if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]
     for key in excluded:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 FACTOR = 3.0
-FLOOR_ULPS = 64.0  # units of eps(D) times the largest magnitude expected; float64 results have only this, over all steps
+# In units of eps(D) times the largest magnitude expected. It covers the steps of a recurrence in float64, where the
+# oracle rounds as much as what it judges.
+FLOOR_ULPS = 64.0
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -1,11 +1,13 @@
 """The definition equals torch.nn in float64 to rounding: outputs, states and every gradient."""
 
+import itertools
+
 import pytest
 import torch
-from oracle import assert_all_close, assert_close
 from torch import nn
 
 from fastrnn import reference
+from oracle import assert_all_close, assert_close
 
 CASES = [
     pytest.param(nn.LSTM, {}, id="lstm"),
@@ -97,7 +99,7 @@ def test_lengths_and_resets_equal_separate_calls(module, options, reverse):
         else:
             edges = [0, *marks, length]
         pieces, first = {}, True
-        for start, stop in zip(edges, edges[1:]):
+        for start, stop in itertools.pairwise(edges):
             low, high = min(start, stop), max(start, stop)
             begin = own if first else [torch.zeros_like(s) for s in own]
             first = False
