@@ -62,6 +62,16 @@ FR_HD uint32_t float_bits(float a) {
 #endif
 }
 
+FR_HD float bits_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float a;
+  __builtin_memcpy(&a, &bits, sizeof a);
+  return a;
+#endif
+}
+
 // High 64 bits of a * b.
 FR_HD uint64_t mulhi64(uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH__)
@@ -89,9 +99,11 @@ FR_HD Exp2Parts exp2_parts(float z) {
   q = fma_rn(q, f, 0x1.ebdb6ap-3f);
   q = fma_rn(q, f, 0x1.62e4bap-1f);
   q = fma_rn(q, f, 1.0f);
-  q = q < 1.0f ? 1.0f : q;
-  q = q > 0x1.fffffep+0f ? 0x1.fffffep+0f : q;
-  return {float_bits(q) - 0x3f000000u, static_cast<uint32_t>(-k)};
+  // Clamped to [1, 2) as bits, which order positive floats; compares of floats would keep loops from vectorising.
+  int32_t bits = static_cast<int32_t>(float_bits(q)) - 0x3f000000;
+  bits = bits < 0x800000 ? 0x800000 : bits;
+  bits = bits > 0xffffff ? 0xffffff : bits;
+  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(-k)};
 }
 
 // E(z): 2^z in units of 2^-54 for z <= 0, zero below -54.
@@ -158,16 +170,19 @@ FR_HD RandomWords random_words(uint64_t seed, uint64_t sequence, uint32_t step, 
   return {r.w[0] | static_cast<uint64_t>(r.w[1]) << 32, r.w[2] | static_cast<uint64_t>(r.w[3]) << 32};
 }
 
-// Largest of n logits (at least -inf); sets `bad` where one is NaN or +inf.
+// Largest of n logits (at least -inf); sets `bad` where one is NaN or +inf. Works on signed integers in the order of
+// the floats, whose maxima vectorise: NaN lies above +inf or below -inf there.
 FR_HD float tile_largest(const float* x, int64_t n, bool& bad) {
-  float largest = -INFINITY;
-  int32_t wrong = 0;
+  constexpr int32_t kMinusInfinity = -0x7f800001, kPlusInfinity = 0x7f800000;
+  int32_t most = kMinusInfinity, least = kMinusInfinity;
   for (int64_t i = 0; i < n; ++i) {
-    largest = x[i] > largest ? x[i] : largest;
-    wrong |= x[i] <= 0x1.fffffep+127f ? 0 : 1;
+    const int32_t bits = static_cast<int32_t>(float_bits(x[i]));
+    const int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
+    most = key > most ? key : most;
+    least = key < least ? key : least;
   }
-  bad = bad || wrong != 0;
-  return largest;
+  bad = bad || most >= kPlusInfinity || least < kMinusInfinity;
+  return bits_float(static_cast<uint32_t>(most ^ ((most >> 31) & 0x7fffffff)));
 }
 
 // W_t; zero for a tile without survivors (largest = -inf).

@@ -24,8 +24,8 @@ Notation: ``x (B, V)`` float32 logits, ``c = log2(e) / T`` the row's float32 sca
 -0.0 equals 0.0; an id that is masked or -inf is never drawn. A row that cannot be sampled gets a nonzero status, token
 0 and NaN floats, and touches no other row.
 
-Over every float32 z in [-64, 0], measured once: E never decreases with z; it is within ``1 + 2**(z + 32)`` of ``2**(z + 54)``; and
-``m24 * 2**(k - 23)`` is within a relative 1.561e-7 = 2**-22.6 of ``2**z``.
+Over every float32 z in [-64, 0], measured once: E never decreases with z and is within ``1 + 2**(z + 32)`` of
+``2**(z + 54)``; ``m24 * 2**(k - 23)`` is within a relative 1.561e-7 = 2**-22.6 of ``2**z``.
 """
 
 from __future__ import annotations
@@ -121,8 +121,15 @@ def random_words(seed: Tensor, sequence: Tensor, step: Tensor, draw: Tensor) -> 
     return w[0] | (w[1] << 32), w[2] | (w[3] << 32)
 
 
-def _tiles(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Masses ``w (b, tiles, 256)``, their sums ``W``, the row level ``U (b, tiles)`` and the row's largest logit (b,).
+def _as_tiles(x: Tensor) -> Tensor:
+    """``x (b, V)`` as (b, tiles, 256), filled up with -inf; one tile is left as it is: (b, 1, V)."""
+    if x.shape[1] <= TILE:
+        return x[:, None]
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % TILE), value=float("-inf")).view(len(x), -1, TILE)
+
+
+def _tiles(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masses ``w (b, tiles, 256)``, the row level ``U (b, tiles)`` and the row's largest logit (b,).
 
     x: (b, tiles, 256) float32 with -inf for what cannot be drawn; scale: (b,) float32, positive.
     """
@@ -132,9 +139,9 @@ def _tiles(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tile_sum = w.sum(-1)
     row_top = top.amax(-1)
     if x.shape[1] == 1:
-        return w, tile_sum, tile_sum, row_top
+        return w, tile_sum, row_top
     significand, shift = exp2_parts((top - row_top[:, None]) * scale[:, None])
-    return w, tile_sum, (((tile_sum >> 24) * significand) >> 16) >> shift, row_top
+    return w, (((tile_sum >> 24) * significand) >> 16) >> shift, row_top
 
 
 def _log2_total(mass: Tensor) -> Tensor:
@@ -232,7 +239,6 @@ def _greedy(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sample_rows(x, scale, top_k, top_p, min_p, allowed, seed, sequence, step, mode_of, logprobs):
     """:func:`sample` for a block of rows, all tensors with b rows."""
-    rows, vocabulary = x.shape
     x = x + 0.0  # -0.0 becomes 0.0
     status = _status(x, allowed, scale, top_k, top_p, min_p)
     good = status == STATUS_OK
@@ -243,8 +249,7 @@ def _sample_rows(x, scale, top_k, top_p, min_p, allowed, seed, sequence, step, m
     token, margin = _greedy(kept)
     if bool(((top_k > 0) | (top_p > 0) | (min_p < float("inf"))).any()):
         kept = filter_logits(kept, scale, top_k.clamp(min=0), top_p.clamp(min=0), torch.where(min_p >= 0, min_p, 0.0))
-    padding = (0, -vocabulary % TILE)
-    w, _, mass, top = _tiles(torch.nn.functional.pad(kept, padding, value=float("-inf")).view(rows, -1, TILE), scale)
+    w, mass, top = _tiles(_as_tiles(kept), scale)
     draws = torch.arange(mode_of, device=x.device)
     r_tile, r_token = random_words(seed[:, None], sequence[:, None], step[:, None], draws)
     drawn, drawn_margin = _vote(*_draw(w, mass, r_tile, r_token))
@@ -254,7 +259,7 @@ def _sample_rows(x, scale, top_k, top_p, min_p, allowed, seed, sequence, step, m
     value = x.gather(-1, token[:, None])[:, 0].double()
     tempered = LN_2 * ((value - top.double()) * scale.double() - _log2_total(mass))
     one = torch.full_like(scale, LOG2_E)
-    _, _, mass, top = _tiles(torch.nn.functional.pad(x, padding, value=float("-inf")).view(rows, -1, TILE), one)
+    _, mass, top = _tiles(_as_tiles(x), one)
     plain = value - top.double() - LN_2 * _log2_total(mass)
     floats = (plain, torch.where(greedy, 0.0, tempered), torch.where(greedy, margin, drawn_margin))
     return (token, status, *(torch.where(good, f, float("nan")).float() for f in floats))
@@ -284,7 +289,7 @@ def sample(
         raise ValueError(f"sample: logits must have 1 to {MAX_VOCABULARY} columns (tokens), got {vocabulary}")
     allowed = torch.ones(1, vocabulary, dtype=torch.bool, device=logits.device) if mask is None else mask
     allowed = allowed.expand(rows, vocabulary)
-    block = max(1, _BLOCK // max(vocabulary, TILE * mode_of))
+    block = max(1, _BLOCK // max(vocabulary, min(vocabulary, TILE) * mode_of))
     columns = [logits, scale, top_k, top_p, min_p, allowed, seed, sequence, step]
     parts = []
     for start in range(0, max(rows, 1), block):
