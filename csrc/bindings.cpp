@@ -1,0 +1,325 @@
+// Registers the kernels as torch.ops.fastrnn_cpu.*: checks the arguments, allocates the results, calls through kernels.h.
+//
+// The only file that includes torch, and of torch only its stable interface, so that one binary serves every torch from
+// 2.11 on. Fake kernels, autograd and the choice of a backend are Python's (fastrnn/ops.py, fastrnn/backends.py).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Dims = std::initializer_list<const char*>;  // each a letter of kernels.h with an optional factor: "T", "4H"
+
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + (t.dim() == 1 ? ",)" : ")");
+}
+
+// One call of one op: its name, its sizes and the dense copies of strided arguments, alive until the kernel is done.
+template <class F>
+class Call {
+ public:
+  int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
+  const char* h_from = "h0";  // the argument that H was read from, for messages
+
+  Call(const char* op, const Tensor& x, const Tensor& h0) : op_(op) {
+    kept_.reserve(20);
+    const ScalarType wanted = std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float;
+    if (x.scalar_type() != wanted) fail("x must be float32 or float64, like every other argument, got " + dtype_name(x.scalar_type()));
+    if (x.dim() != 3) fail("x must be (T, B, I), got " + shape_of(x));
+    if (h0.dim() != 2) fail("h0 must be (B, H), got " + shape_of(h0));
+    T = x.size(0), B = x.size(1), I = x.size(2), H = P = h0.size(1);
+    if (H < 1) fail("h0 must have at least one hidden unit, got " + shape_of(h0));
+  }
+
+  [[noreturn]] void fail(const std::string& what) const { throw std::runtime_error(std::string(op_) + ": " + what); }
+
+  // The data of an argument after checking its dtype, device and shape.
+  const F* want(const char* name, const Tensor& t, Dims dims) {
+    return static_cast<const F*>(data(name, t, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float, dims));
+  }
+  const F* want(const char* name, const MaybeTensor& t, Dims dims) { return t ? want(name, *t, dims) : nullptr; }
+  const int64_t* want_lengths(const MaybeTensor& t) {
+    if (!t) return nullptr;
+    const auto* lengths = static_cast<const int64_t*>(data("lengths", *t, ScalarType::Long, {"B"}));
+    for (int64_t b = 0; b < B; ++b)
+      if (lengths[b] < 0 || lengths[b] > T)
+        fail("lengths must be within 0 and T=" + std::to_string(T) + ", got " + std::to_string(lengths[b]) + " for row " + std::to_string(b));
+    return lengths;
+  }
+  const bool* want_reset(const MaybeTensor& t) {
+    return t ? static_cast<const bool*>(data("reset", *t, ScalarType::Bool, {"T", "B"})) : nullptr;
+  }
+
+  // A new result, uninitialised, and its data.
+  Tensor result(const Tensor& like, Dims dims, F** data) const {
+    int64_t sizes[3];
+    size_t n = 0;
+    for (const char* dim : dims) sizes[n++] = size_of(dim);
+    Tensor t = torch::stable::new_empty(like, {sizes, n});
+    *data = static_cast<F*>(t.data_ptr());
+    return t;
+  }
+  // The empty (0,) that stands for a result that is not there.
+  Tensor none(const Tensor& like, F** data) const {
+    const int64_t size = 0;
+    *data = nullptr;
+    return torch::stable::new_empty(like, {&size, 1});
+  }
+  Tensor result_if(bool there, const Tensor& like, Dims dims, F** data) const {
+    return there ? result(like, dims, data) : none(like, data);
+  }
+
+ private:
+  const char* op_;
+  std::vector<Tensor> kept_;
+
+  int64_t size_of(const char* dim) const {
+    const int64_t factor = *dim >= '0' && *dim <= '9' ? *dim++ - '0' : 1;
+    return factor * (*dim == 'T' ? T : *dim == 'B' ? B : *dim == 'I' ? I : *dim == 'H' ? H : P);
+  }
+
+  const void* data(const char* name, const Tensor& t, ScalarType dtype, Dims dims) {
+    if (t.scalar_type() != dtype) fail(std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.scalar_type()));
+    if (!t.is_cpu()) fail(std::string(name) + " must be on the CPU, like x");
+    bool fits = t.dim() == static_cast<int64_t>(dims.size());
+    int64_t d = 0;
+    for (const char* dim : dims) fits = fits && t.size(d++) == size_of(dim);
+    if (!fits) fail_shape(name, t, dims);
+    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    return kept_.back().data_ptr();
+  }
+
+  // "w_hh must be (4H, H) = (1024, 256) because h0 has H=256, got (1024, 128)"
+  [[noreturn]] void fail_shape(const char* name, const Tensor& t, Dims dims) const {
+    std::string letters, sizes, why;
+    for (const char* dim : dims) {
+      letters += (letters.empty() ? "" : ", ") + std::string(dim);
+      sizes += (sizes.empty() ? "" : ", ") + std::to_string(size_of(dim));
+      const char letter[] = {*dim >= '0' && *dim <= '9' ? dim[1] : dim[0], 0};
+      const std::string from = *letter == 'H' ? h_from : *letter == 'P' ? "h0" : "x";
+      const std::string reason = from + " has " + letter + "=" + std::to_string(size_of(letter));
+      if (why.find(reason) == std::string::npos) why += (why.empty() ? "" : " and ") + reason;
+    }
+    const std::string end = dims.size() == 1 ? ",)" : ")";
+    fail(std::string(name) + " must be (" + letters + end + " = (" + sizes + end + " because " + why + ", got " + shape_of(t));
+  }
+};
+
+fr::Pool threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t n, void (*task)(int64_t, int64_t, void*), void* ctx) {
+            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { task(begin, end, ctx); });
+          }};
+}
+
+// The arguments that every cell has. GH: "4H" for LSTM, and so on; P: "H" where there is no projection.
+template <class F>
+fr::Sequence<F> sequence(Call<F>& c, const char* GH, const char* P, const Tensor& x, const Tensor& h0, const Tensor& w_ih,
+                         const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& lengths,
+                         const MaybeTensor& reset, bool reverse) {
+  return {c.T, c.B, c.I, c.H, c.P, c.want("x", x, {"T", "B", "I"}), c.want("h0", h0, {"B", P}),
+          c.want("w_ih", w_ih, {GH, "I"}), c.want("w_hh", w_hh, {GH, P}), c.want("b_ih", b_ih, {GH}),
+          c.want("b_hh", b_hh, {GH}), c.want_lengths(lengths), c.want_reset(reset), reverse, threads()};
+}
+
+// Reads H from c0 where h0 has the projected size; returns the letter of h's size.
+template <class F>
+const char* projection(Call<F>& c, const Tensor& c0, const MaybeTensor& w_hr) {
+  if (!w_hr) return "H";
+  if (c0.dim() != 2 || c0.size(1) < 1) c.fail("c0 must be (B, H), got " + shape_of(c0));
+  c.H = c0.size(1);
+  c.h_from = "c0";
+  return "P";
+}
+
+template <class F>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
+    Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh, MaybeTensor w_hr,
+    MaybeTensor lengths, MaybeTensor reset, bool reverse, bool save) {
+  Call<F> c("lstm_forward", x, h0);
+  const char* P = projection(c, c0, w_hr);
+  fr::LstmForward<F> a{};
+  a.in = sequence(c, "4H", P, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
+  a.c0 = c.want("c0", c0, {"B", "H"});
+  a.w_hr = c.want("w_hr", w_hr, {"P", "H"});
+  Tensor y = c.result(x, {"T", "B", P}, &a.y), hn = c.result(x, {"B", P}, &a.hn), cn = c.result(x, {"B", "H"}, &a.cn);
+  Tensor gates = c.result_if(save, x, {"T", "B", "4H"}, &a.gates), cells = c.result_if(save, x, {"T", "B", "H"}, &a.cells);
+  fr::lstm_forward(a);
+  return {y, hn, cn, gates, cells};
+}
+
+template <class F>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
+    MaybeTensor b_hh, MaybeTensor w_hr, MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates, Tensor cells) {
+  Call<F> c("lstm_backward", x, h0);
+  const char* P = projection(c, c0, w_hr);
+  fr::LstmBackward<F> a{};
+  a.in = sequence(c, "4H", P, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
+  a.c0 = c.want("c0", c0, {"B", "H"});
+  a.w_hr = c.want("w_hr", w_hr, {"P", "H"});
+  a.y = c.want("y", y, {"T", "B", P});
+  a.gates = c.want("gates", gates, {"T", "B", "4H"});
+  a.cells = c.want("cells", cells, {"T", "B", "H"});
+  a.dy = c.want("dy", dy, {"T", "B", P});
+  a.dhn = c.want("dhn", dhn, {"B", P});
+  a.dcn = c.want("dcn", dcn, {"B", "H"});
+  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", P}, &a.dh0), dc0 = c.result(x, {"B", "H"}, &a.dc0);
+  Tensor dw_ih = c.result(x, {"4H", "I"}, &a.dw_ih), dw_hh = c.result(x, {"4H", P}, &a.dw_hh);
+  Tensor db = c.result_if(b_ih || b_hh, x, {"4H"}, &a.db), dw_hr = c.result_if(!!w_hr, x, {"P", "H"}, &a.dw_hr);
+  fr::lstm_backward(a);
+  return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
+}
+
+template <class F>
+std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+                                               MaybeTensor lengths, MaybeTensor reset, bool reverse, bool save) {
+  Call<F> c("gru_forward", x, h0);
+  fr::GruForward<F> a{};
+  a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
+  Tensor y = c.result(x, {"T", "B", "H"}, &a.y), hn = c.result(x, {"B", "H"}, &a.hn);
+  Tensor gates = c.result_if(save, x, {"T", "B", "4H"}, &a.gates);
+  fr::gru_forward(a);
+  return {y, hn, gates};
+}
+
+template <class F>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
+    Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+    MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates) {
+  Call<F> c("gru_backward", x, h0);
+  fr::GruBackward<F> a{};
+  a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
+  a.y = c.want("y", y, {"T", "B", "H"});
+  a.gates = c.want("gates", gates, {"T", "B", "4H"});
+  a.dy = c.want("dy", dy, {"T", "B", "H"});
+  a.dhn = c.want("dhn", dhn, {"B", "H"});
+  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", "H"}, &a.dh0);
+  Tensor dw_ih = c.result(x, {"3H", "I"}, &a.dw_ih), dw_hh = c.result(x, {"3H", "H"}, &a.dw_hh);
+  Tensor db_ih = c.result_if(!!b_ih, x, {"3H"}, &a.db_ih), db_hh = c.result_if(!!b_hh, x, {"3H"}, &a.db_hh);
+  fr::gru_backward(a);
+  return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
+}
+
+template <class F>
+bool is_relu(const Call<F>& c, const std::string& nonlinearity) {
+  if (nonlinearity != "tanh" && nonlinearity != "relu") c.fail("nonlinearity must be 'tanh' or 'relu', got '" + nonlinearity + "'");
+  return nonlinearity == "relu";
+}
+
+template <class F>
+std::tuple<Tensor, Tensor> rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+                                       MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity) {
+  Call<F> c("rnn_forward", x, h0);
+  fr::RnnForward<F> a{};
+  a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
+  a.relu = is_relu(c, nonlinearity);
+  Tensor y = c.result(x, {"T", "B", "H"}, &a.y), hn = c.result(x, {"B", "H"}, &a.hn);
+  fr::rnn_forward(a);
+  return {y, hn};
+}
+
+template <class F>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
+    Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+    MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity, Tensor y) {
+  Call<F> c("rnn_backward", x, h0);
+  fr::RnnBackward<F> a{};
+  a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
+  a.relu = is_relu(c, nonlinearity);
+  a.y = c.want("y", y, {"T", "B", "H"});
+  a.dy = c.want("dy", dy, {"T", "B", "H"});
+  a.dhn = c.want("dhn", dhn, {"B", "H"});
+  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", "H"}, &a.dh0);
+  Tensor dw_ih = c.result(x, {"H", "I"}, &a.dw_ih), dw_hh = c.result(x, {"H", "H"}, &a.dw_hh);
+  Tensor db = c.result_if(b_ih || b_hh, x, {"H"}, &a.db);
+  fr::rnn_backward(a);
+  return {dx, dh0, dw_ih, dw_hh, db};
+}
+
+// An op for both dtypes: float64 where the first argument is, else float32, which refuses every other dtype.
+template <auto F32, auto F64>
+struct ByDtype;
+template <class R, class... A, R (*F32)(Tensor, A...), R (*F64)(Tensor, A...)>
+struct ByDtype<F32, F64> {
+  static R call(Tensor first, A... rest) {
+    return first.scalar_type() == ScalarType::Double ? F64(first, rest...) : F32(first, rest...);
+  }
+};
+#define FR_OP(op) m.impl(#op, TORCH_BOX((&ByDtype<&op<float>, &op<double>>::call)))
+
+std::string isa() { return fr::cpu_isa(); }
+void set_isa(std::string name) { fr::set_cpu_isa(name.c_str()); }
+std::string build_info() {
+  std::string text = "compiler " __VERSION__ ", C++ " + std::to_string(__cplusplus / 100 % 100) + ", torch interface 2.11";
+#ifdef FASTRNN_WITH_CUDA
+  return text + ", with CUDA";
+#else
+  return text + ", without CUDA";
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastrnn_cpu, m) {
+#define FR_WEIGHTS "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+#define FR_ROWS "Tensor? lengths, Tensor? reset, bool reverse"
+  m.def("lstm_forward(Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS "Tensor? w_hr, " FR_ROWS ", bool save)"
+        " -> (Tensor y, Tensor hn, Tensor cn, Tensor gates, Tensor cells)");
+  m.def("lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS "Tensor? w_hr, " FR_ROWS
+        ", Tensor y, Tensor gates, Tensor cells)"
+        " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)");
+  m.def("gru_forward(Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", bool save) -> (Tensor y, Tensor hn, Tensor gates)");
+  m.def("gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", Tensor y, Tensor gates)"
+        " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
+  m.def("rnn_forward(Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", str nonlinearity) -> (Tensor y, Tensor hn)");
+  m.def("rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", str nonlinearity, Tensor y)"
+        " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> ()");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CPU, m) {
+  FR_OP(lstm_forward);
+  FR_OP(lstm_backward);
+  FR_OP(gru_forward);
+  FR_OP(gru_backward);
+  FR_OP(rnn_forward);
+  FR_OP(rnn_backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("build_info", TORCH_BOX(&build_info));
+}

@@ -1,0 +1,64 @@
+// Compiles the file FR_FILE again, once per instruction set: FR_ISA names the namespace, FR_VEC_BYTES the vector width.
+//
+// A kernel file includes everything it needs, then this with FR_FILE set to its own name, then defines its dispatch;
+// what stands under `#ifdef FR_ISA` in it is the kernel. The target is switched on by a pragma after all includes and
+// never by a compiler flag: under a flag, an inline function of a shared header would be compiled with AVX-512 in one
+// file and the linker might keep that copy for the whole program, which then dies on an older CPU. For the same
+// reason all code inside a variant lives in the variant's own namespace and uses no function of the standard library.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#endif
+
+#if FR_X86
+#if defined(__clang__)
+#define FR_TARGET_AVX512 _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = function)")
+#define FR_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
+#define FR_TARGET_END _Pragma("clang attribute pop")
+#else
+#define FR_TARGET_AVX512 _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
+#define FR_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
+#define FR_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+FR_TARGET_AVX512
+#define FR_ISA avx512
+#define FR_VEC_BYTES 64
+#include FR_FILE
+#undef FR_ISA
+#undef FR_VEC_BYTES
+FR_TARGET_END
+
+FR_TARGET_AVX2
+#define FR_ISA avx2
+#define FR_VEC_BYTES 32
+#include FR_FILE
+#undef FR_ISA
+#undef FR_VEC_BYTES
+FR_TARGET_END
+#endif
+
+#define FR_ISA portable
+#define FR_VEC_BYTES 16
+#include FR_FILE
+#undef FR_ISA
+#undef FR_VEC_BYTES
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+// The variant of a kernel that the current instruction set names.
+#if FR_X86
+#define FR_DISPATCH(kernel, call)                   \
+  switch (current_isa()) {                          \
+    case Isa::avx512: return avx512::kernel(call);  \
+    case Isa::avx2: return avx2::kernel(call);      \
+    case Isa::portable: return portable::kernel(call); \
+  }
+#else
+#define FR_DISPATCH(kernel, call) \
+  current_isa();                  \
+  return portable::kernel(call)
+#endif

@@ -1,0 +1,70 @@
+// Runtime choice among the instruction sets that the kernels are compiled for, and scratch memory. Baseline code only:
+// nothing here may be used from inside a kernel's inner loops.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "../kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FR_X86 1
+#include <immintrin.h>
+#else
+#define FR_X86 0
+#endif
+
+namespace fr {
+
+enum class Isa { portable, avx2, avx512 };
+
+// What the next call runs; the errors of cpu_isa().
+Isa current_isa();
+
+// A kernel's scratch: n uninitialised elements of F on cache lines of their own, freed at the end of the scope.
+template <class F>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) {
+    if (n <= 0) return;
+    const size_t bytes = (static_cast<size_t>(n) * sizeof(F) + 63) / 64 * 64;
+    data_ = static_cast<F*>(std::aligned_alloc(64, bytes));
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  F* get() const { return data_; }
+
+ private:
+  F* data_ = nullptr;
+};
+
+// Splits 0..n into `parts` even ranges and runs fn(begin, end, ctx) on each, on the pool's threads.
+struct Split {
+  int64_t n, parts;
+  void (*fn)(int64_t begin, int64_t end, const void* ctx);
+  const void* ctx;
+};
+inline void run_split_parts(int64_t begin, int64_t end, void* ctx) {
+  const Split& s = *static_cast<const Split*>(ctx);
+  for (int64_t part = begin; part < end; ++part) s.fn(s.n * part / s.parts, s.n * (part + 1) / s.parts, s.ctx);
+}
+// multiply_adds: the work of all n. A thread is worth waking for about 2 us of it.
+inline void run_split(const Pool& pool, int64_t n, int64_t multiply_adds, const void* ctx,
+                      void (*fn)(int64_t, int64_t, const void*)) {
+  constexpr int64_t multiply_adds_per_thread = 200000;
+  int64_t parts = 1 + multiply_adds / multiply_adds_per_thread;
+  if (parts > pool.threads) parts = pool.threads;
+  if (parts > n) parts = n;
+  if (parts <= 1) {
+    if (n > 0) fn(0, n, ctx);
+    return;
+  }
+  Split split{n, parts, fn, ctx};
+  pool.run(parts, run_split_parts, &split);
+}
+
+}  // namespace fr

@@ -1,0 +1,171 @@
+// A vector of the variant's width (FR_VEC_BYTES) with the operations that cell_math.h and gemm.h are written in.
+// Compiled once per instruction set, by each_isa.h; hence no include guard and no includes (it needs <utility>).
+
+namespace fr {
+namespace FR_ISA {
+
+// portable is also what a CPU without fused multiply-add runs: there a * b + c rounds twice.
+#define FR_INLINE inline __attribute__((always_inline))
+
+// The compiler's vector of F, and that of integers of the same size (typedefs of no template: gcc mistakes those).
+template <class F> struct RawOf;
+template <> struct RawOf<float> {
+  typedef float Raw __attribute__((vector_size(FR_VEC_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(FR_VEC_BYTES)));
+};
+template <> struct RawOf<double> {
+  typedef double Raw __attribute__((vector_size(FR_VEC_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(FR_VEC_BYTES)));
+};
+
+template <class F>
+struct Vec {
+  static constexpr int width = FR_VEC_BYTES / sizeof(F);
+  using Raw = typename RawOf<F>::Raw;
+  using RawBits = typename RawOf<F>::Bits;
+  Raw v;
+
+  Vec() = default;
+  FR_INLINE explicit Vec(Raw raw) : v(raw) {}
+  FR_INLINE explicit Vec(F scalar) : v(scalar - Raw{}) {}
+  FR_INLINE explicit Vec(int scalar) : v(F(scalar) - Raw{}) {}
+
+  static FR_INLINE Vec load(const F* p) {
+    Vec a;
+    __builtin_memcpy(&a.v, p, sizeof a.v);
+    return a;
+  }
+  FR_INLINE void store(F* p) const { __builtin_memcpy(p, &v, sizeof v); }
+  // The first n < width elements; the rest read as 0 and are not touched in memory.
+  static FR_INLINE Vec load_first(const F* p, int64_t n);
+  FR_INLINE void store_first(F* p, int64_t n) const;
+  // All of the vector when n >= width, which is the usual case in a loop over a row.
+  static FR_INLINE Vec load(const F* p, int64_t n) { return n >= width ? load(p) : load_first(p, n); }
+  FR_INLINE void store(F* p, int64_t n) const {
+    if (n >= width) store(p);
+    else store_first(p, n);
+  }
+};
+
+template <class R> struct ScalarOf;
+template <class F> struct ScalarOf<Vec<F>> { using type = F; };
+
+template <class F> FR_INLINE Vec<F> operator+(Vec<F> a, Vec<F> b) { return Vec<F>(a.v + b.v); }
+template <class F> FR_INLINE Vec<F> operator-(Vec<F> a, Vec<F> b) { return Vec<F>(a.v - b.v); }
+template <class F> FR_INLINE Vec<F> operator*(Vec<F> a, Vec<F> b) { return Vec<F>(a.v * b.v); }
+template <class F> FR_INLINE Vec<F> operator/(Vec<F> a, Vec<F> b) { return Vec<F>(a.v / b.v); }
+template <class F> FR_INLINE Vec<F> if_less(Vec<F> a, Vec<F> b, Vec<F> yes, Vec<F> no) {
+  return Vec<F>(a.v < b.v ? yes.v : no.v);
+}
+
+#if FR_VEC_BYTES == 64
+FR_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>((Vec<float>::Raw)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v));
+}
+FR_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return Vec<double>((Vec<double>::Raw)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v));
+}
+template <> FR_INLINE Vec<float> Vec<float>::load_first(const float* p, int64_t n) {
+  return Vec((Raw)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p));
+}
+template <> FR_INLINE Vec<double> Vec<double>::load_first(const double* p, int64_t n) {
+  return Vec((Raw)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p));
+}
+template <> FR_INLINE void Vec<float>::store_first(float* p, int64_t n) const {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+template <> FR_INLINE void Vec<double>::store_first(double* p, int64_t n) const {
+  _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+}
+#elif FR_VEC_BYTES == 32
+FR_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>((Vec<float>::Raw)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v));
+}
+FR_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return Vec<double>((Vec<double>::Raw)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v));
+}
+FR_INLINE __m256i first_of_8(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FR_INLINE __m256i first_of_4(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <> FR_INLINE Vec<float> Vec<float>::load_first(const float* p, int64_t n) {
+  return Vec((Raw)_mm256_maskload_ps(p, first_of_8(n)));
+}
+template <> FR_INLINE Vec<double> Vec<double>::load_first(const double* p, int64_t n) {
+  return Vec((Raw)_mm256_maskload_pd(p, first_of_4(n)));
+}
+template <> FR_INLINE void Vec<float>::store_first(float* p, int64_t n) const {
+  _mm256_maskstore_ps(p, first_of_8(n), (__m256)v);
+}
+template <> FR_INLINE void Vec<double>::store_first(double* p, int64_t n) const {
+  _mm256_maskstore_pd(p, first_of_4(n), (__m256d)v);
+}
+#else
+template <class F> FR_INLINE Vec<F> fma(Vec<F> a, Vec<F> b, Vec<F> c) { return Vec<F>(a.v * b.v + c.v); }
+template <class F> FR_INLINE Vec<F> Vec<F>::load_first(const F* p, int64_t n) {
+  Vec a(0);
+  for (int64_t i = 0; i < n; ++i) a.v[i] = p[i];
+  return a;
+}
+template <class F> FR_INLINE void Vec<F>::store_first(F* p, int64_t n) const {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+#endif
+
+template <class F> FR_INLINE typename Vec<F>::RawBits bits_of(Vec<F> a) { return (typename Vec<F>::RawBits)a.v; }
+template <class F> FR_INLINE Vec<F> from_bits(typename Vec<F>::RawBits b) { return Vec<F>((typename Vec<F>::Raw)b); }
+template <class F> FR_INLINE typename Vec<F>::RawBits sign_mask() { return bits_of(Vec<F>(F(-0.0))); }
+template <class F> FR_INLINE Vec<F> abs(Vec<F> a) { return from_bits<F>(bits_of(a) & ~sign_mask<F>()); }
+template <class F> FR_INLINE Vec<F> copysign(Vec<F> a, Vec<F> sign) {
+  return from_bits<F>((bits_of(a) & ~sign_mask<F>()) | (bits_of(sign) & sign_mask<F>()));
+}
+FR_INLINE Vec<float> pow2_of_low_bits(Vec<float> shifted) { return from_bits<float>((bits_of(shifted) + 127) << 23); }
+FR_INLINE Vec<double> pow2_of_low_bits(Vec<double> shifted) {
+  return from_bits<double>((bits_of(shifted) + 1023) << 52);
+}
+
+// Which lane of the two vectors a, b (numbered through, 0 .. 2W-1) goes to lane i of a shuffle's result.
+template <int W> struct LowHalves {  // a's low half, b's low half; Up: their high halves
+  template <int Up> static constexpr int at(int i) { return (i < W / 2 ? i : W / 2 + i) + Up * (W / 2); }
+};
+template <int W> struct LowQuarters {  // the lower half of each half of a, then of b; Up: the upper halves
+  template <int Up> static constexpr int at(int i) {
+    return i / (W / 4) * (W / 2) + i % (W / 4) + Up * (W / 4);
+  }
+};
+template <int Distance> struct Neighbour {
+  template <int> static constexpr int at(int i) { return i ^ Distance; }
+};
+template <class Pick, int Up, class F, int... I>
+FR_INLINE Vec<F> shuffle(Vec<F> a, Vec<F> b, std::integer_sequence<int, I...>) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return Vec<F>(__builtin_shufflevector(a.v, b.v, (Pick::template at<Up>(I))...));
+#else
+  return Vec<F>(__builtin_shuffle(a.v, b.v, typename Vec<F>::RawBits{(Pick::template at<Up>(I))...}));
+#endif
+}
+template <class Pick, class F> FR_INLINE Vec<F> fold(Vec<F> a, Vec<F> b) {
+  constexpr std::make_integer_sequence<int, Vec<F>::width> lanes{};
+  return shuffle<Pick, 0>(a, b, lanes) + shuffle<Pick, 1>(a, b, lanes);
+}
+
+// The sums over the lanes of four vectors, each by the same tree: halves, quarters, then neighbours.
+template <class F> struct Four { F s[4]; };
+template <class F> FR_INLINE Four<F> lane_sums(Vec<F> a, Vec<F> b, Vec<F> c, Vec<F> d) {
+  constexpr int W = Vec<F>::width;
+  constexpr std::make_integer_sequence<int, W> lanes{};
+  const Vec<F> ab = fold<LowHalves<W>>(a, b), cd = fold<LowHalves<W>>(c, d);
+  if constexpr (W == 2) {
+    return {{ab.v[0], ab.v[1], cd.v[0], cd.v[1]}};
+  } else {
+    Vec<F> all = fold<LowQuarters<W>>(ab, cd);
+    if constexpr (W >= 16) all = all + shuffle<Neighbour<2>, 0>(all, all, lanes);
+    if constexpr (W >= 8) all = all + shuffle<Neighbour<1>, 0>(all, all, lanes);
+    return {{all.v[0], all.v[W / 4], all.v[W / 2], all.v[3 * (W / 4)]}};
+  }
+}
+
+}  // namespace FR_ISA
+}  // namespace fr
