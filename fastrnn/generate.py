@@ -1,0 +1,282 @@
+"""Batch generation on token ids: prefill, one draw a step for all rows, refill of finished rows. It knows no text.
+
+The rule: the tokens and log-probabilities of a request depend on (weights, seed, request) alone, bit for bit; not on
+the batch size, the order, the slot or the companions. The draw of token ``k`` of a request is a function of its logits
+and of (seed, sequence, k), and `inference.Inference` makes the logits a function of the ids alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .inference import Inference, join, take
+from .network import Network, State
+from .request import Completion, Request, check_request
+from .sampling import STATUS_TEXTS
+from .sequence import SequenceState
+
+BATCH_ROWS = 256  # rows at once when the caller does not say
+
+
+class _Row:
+    """Host side of one running request."""
+
+    def __init__(self, index: int, request: Request, prompt: Tensor) -> None:
+        self.request, self.prompt, self.state = request, prompt, request.state
+        length = len(prompt) + (request.state.length if request.state else 0)
+        self.completion = Completion(index, [], [] if request.logprobs else None, length)
+
+    @property
+    def live(self) -> bool:
+        return not self.completion.finish_reason
+
+    def accept(self, token: int, logprob: float | None) -> None:
+        """Append a token and see whether it ends the row."""
+        completion = self.completion
+        completion.token_ids.append(token)
+        if logprob is not None and completion.logprobs is not None:
+            completion.logprobs.append(logprob)
+        if token in self.request.eos:
+            completion.finish_reason = "eos"
+        elif len(completion.token_ids) >= self.request.max_new_tokens:
+            completion.finish_reason = "length"
+
+
+def _signed(number: int) -> int:
+    """The 64 bits of an integer read as int64."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+class Engine:
+    """Runs requests, at most ``batch_rows`` at once; a finished row's place is taken by the next request at once.
+
+    Each `step` draws one token for every running row and returns the (row's index, token) pairs; `completions` collects
+    what has finished since it was last emptied. `stop` ends a row between two steps.
+    """
+
+    def __init__(self, network: Network, requests: Iterable[Request], batch_rows: int | None = None) -> None:
+        if batch_rows is not None and batch_rows < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_rows}")
+        self.network, self.inference = network, Inference(network)
+        self.windowed = network.config.state == "window"
+        self.batch_rows = batch_rows or BATCH_ROWS
+        self.pending = enumerate(requests)
+        self.rows: list[_Row] = []
+        self.completions: list[Completion] = []
+        self.drawn: Tensor | None = None  # (n,) tokens of the last step, on the device
+        self.state: State | None = None  # carried: state of the rows, (L, n, H)
+        self.tails: list[Tensor] = []  # window: the ids that are run for each row
+        self.numbers = torch.empty(5, 0, dtype=torch.int64)  # top_k, top_p, seed, sequence, step
+        self.reals = torch.empty(3, 0)  # scale, min_p, repetition_penalty
+        self.seen: Tensor | None = None  # (n, V) bool, while some row has a repetition_penalty
+
+    def stop(self, index: int) -> None:
+        """End the row of request ``index`` with finish_reason ``stop``; nothing if it has already ended."""
+        for row in self.rows:
+            if row.completion.index == index and row.live:
+                row.completion.finish_reason = "stop"
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int]]:
+        """Draw a token for every running row, after filling the free places; an empty list when all is done."""
+        self._drop_finished()
+        logits = [self._advance()] if self.rows else []
+        logits += self._admit()
+        if not self.rows:
+            return []
+        return self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
+
+    def _drop_finished(self) -> None:
+        """Report finished rows and close the gaps they leave."""
+        kept = [r for r, row in enumerate(self.rows) if row.live]
+        if len(kept) == len(self.rows):
+            return
+        self.completions += [row.completion for row in self.rows if not row.live]
+        number = torch.tensor(kept, dtype=torch.int64, device=self.inference.device)
+        self.rows = [self.rows[r] for r in kept]
+        self.drawn, self.numbers, self.reals = self.drawn[number], self.numbers[:, number], self.reals[:, number]
+        if self.windowed:
+            self.tails = [self.tails[r] for r in kept]
+        else:
+            self.state = take(self.state, number)
+        if self.seen is not None:
+            self.seen = self.seen[number] if bool((self.reals[2] != 1).any()) else None
+
+    def _advance(self) -> Tensor:
+        """Logits (n, V) of the running rows after their last token."""
+        if not self.windowed:
+            self.state = self.inference.advance(self.drawn.unsqueeze(0), self.state)
+            return self.inference.logits(self.state)
+        for r, (row, tail) in enumerate(zip(self.rows, self.tails)):
+            window = row.request.window or self.network.config.window
+            self.tails[r] = torch.cat([tail, self.drawn[r : r + 1]])[-window:]
+        return self.inference.window_logits(self.tails)
+
+    def _admit(self) -> list[Tensor]:
+        """Prefill the next requests into the free places: a list with their logits (k, V), or an empty one."""
+        new: list[_Row] = []
+        while len(self.rows) + len(new) < self.batch_rows:
+            index, request = next(self.pending, (-1, None))
+            if request is None:
+                break
+            row = _Row(index, request, check_request(request, self.network))
+            if request.max_new_tokens == 0:
+                row.completion.finish_reason = "length"
+                self.completions.append(row.completion)
+            else:
+                new.append(row)
+        if not new:
+            return []
+        logits = self._prefill(new)
+        self._add_columns(new)
+        self.rows += new
+        return [logits]
+
+    def _prefill(self, new: list[_Row]) -> Tensor:
+        """Logits (k, V) after the prompts of new rows, whose state or tails are added to those of the running rows."""
+        inference, device = self.inference, self.inference.device
+        if self.windowed:
+            tails = [_tail(row.prompt, row.state, row.request.window or self.network.config.window) for row in new]
+            tails = [tail.to(device) for tail in tails]
+            self.tails += tails
+            return inference.window_logits(tails)
+        zero = inference.zero_state(1) if any(row.state is None for row in new) else None
+        start = join([row.state.hidden if row.state else zero for row in new])
+        state = inference.prefill([row.prompt for row in new], start)
+        logits = inference.logits(state)
+        for r, row in enumerate(new):
+            if len(row.prompt) == 0:
+                logits[r] = row.state.logits
+        self.state = join([self.state, state]) if self.rows else state
+        return logits
+
+    def _add_columns(self, new: list[_Row]) -> None:
+        """Sampling parameters of new rows, one column a row, and the ids they have seen."""
+        inference, requests = self.inference, [row.request for row in new]
+        kernel = [request.sampling.numbers() for request in requests]
+        numbers = [
+            [k.top_k, k.top_p, _signed(request.seed), _signed(request.sequence), 0]
+            for k, request in zip(kernel, requests)
+        ]
+        reals = [[k.scale, k.min_p, request.repetition_penalty] for k, request in zip(kernel, requests)]
+        columns = torch.tensor(numbers, device=inference.device).t()
+        self.numbers = torch.cat([self.numbers.to(inference.device), columns], 1)
+        self.reals = torch.cat([self.reals.to(inference.device), torch.tensor(reals, device=inference.device).t()], 1)
+        if self.seen is None and all(request.repetition_penalty == 1 for request in requests):
+            return
+        vocab = self.network.config.vocab_size
+        seen = torch.zeros(len(new), vocab, dtype=torch.bool, device=inference.device)
+        for r, row in enumerate(new):
+            seen[r, row.prompt.to(inference.device)] = True
+            if row.state is not None:
+                seen[r] |= row.state.seen
+        if self.seen is None:  # nobody before had a penalty, so what they have seen does not matter
+            self.seen = seen.new_zeros(len(self.rows), vocab)
+        self.seen = torch.cat([self.seen, seen])
+
+    def _draw(self, logits: Tensor) -> list[tuple[int, int]]:
+        """One token for every row from ``logits`` (n, V)."""
+        rows = self.rows
+        wanted = any(row.request.logprobs for row in rows)
+        given = logits
+        if self.seen is not None:
+            penalty = self.reals[2].unsqueeze(1)
+            logits = torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        token, logprob, status = self._sample(logits, wanted)
+        if wanted and self.seen is not None:
+            logprob = given.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
+        self.drawn = token
+        self.numbers[4] += 1
+        if self.seen is not None:
+            self.seen.scatter_(1, token.unsqueeze(1), True)
+        logprobs = logprob.tolist() if wanted else [None] * len(rows)
+        events = []
+        for row, one, probability, code in zip(rows, token.tolist(), logprobs, status.tolist()):
+            if code:
+                row.completion.finish_reason = "error"
+                row.completion.error = f"token {len(row.completion.token_ids)} cannot be drawn: {STATUS_TEXTS[code]}"
+            else:
+                row.accept(one, probability)
+                events.append((row.completion.index, one))
+        return events
+
+    def _sample(self, logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, logprob, status) of each row, one call for all rows that share mode_of. ``aten`` has no draw."""
+        modes = [row.request.sampling.mode_of for row in self.rows]
+        token = torch.empty(len(modes), dtype=torch.int64, device=logits.device)
+        logprob, status = torch.empty(len(modes), device=logits.device), token.to(torch.int32)
+        logits = logits.contiguous()
+        with backends.backend(None if self.inference.backend == "aten" else backends.explicit()):
+            for mode in set(modes):
+                some = torch.tensor([r for r, m in enumerate(modes) if m == mode], device=logits.device)
+                numbers, reals = self.numbers[:, some], self.reals[:, some]
+                found = ops.sample(
+                    logits if len(some) == len(modes) else logits[some], reals[0], numbers[0], numbers[1], reals[1],
+                    None, numbers[2], numbers[3], numbers[4], mode, logprobs,
+                )  # fmt: skip
+                token[some], status[some] = found[0], found[4]
+                if logprobs:
+                    logprob[some] = found[1]
+        return token, logprob, status
+
+
+def _tail(prompt: Tensor, state: SequenceState | None, window: int) -> Tensor:
+    """The last ``window`` ids of a state's tail and a prompt."""
+    return (prompt if state is None else torch.cat([state.tail.cpu(), prompt]))[-window:]
+
+
+def generate(
+    network: Network,
+    requests: Iterable[Request],
+    *,
+    batch_size: int | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> Iterator[Completion]:
+    """Run every request and yield its `Completion` as soon as it is done, so in the order in which they finish.
+
+    ``requests`` is read only as places get free, so a million of them need no memory. ``on_token(index, token)`` is
+    called for each token; True ends that row with finish_reason ``stop``. The network's training flag and gradients are
+    left alone.
+    """
+    engine = Engine(network, requests, batch_size)
+    more = True
+    while more:
+        events = engine.step()
+        more = bool(engine.rows)
+        if on_token is not None:
+            for index, token in events:
+                if on_token(index, token):
+                    engine.stop(index)
+        done, engine.completions = engine.completions, []
+        yield from done
+
+
+@torch.no_grad()
+def prefill(
+    network: Network,
+    prompt: Sequence[int] | Tensor,
+    state: SequenceState | None = None,
+    *,
+    window: int | None = None,
+    inference: Inference | None = None,
+) -> SequenceState:
+    """The state after reading ``prompt`` from ``state`` (or from nothing): same bits as a request's own prefill."""
+    prompt = check_request(Request(prompt, 0, state=state, window=window), network)
+    inference, config = inference or Inference(network), network.config
+    seen = torch.zeros(config.vocab_size, dtype=torch.bool, device=inference.device)
+    seen[prompt.to(inference.device)] = True
+    length = len(prompt)
+    if state is not None:
+        seen, length = seen | state.seen, length + state.length
+    if config.state == "window":
+        tail = _tail(prompt, state, window or config.window).to(inference.device)
+        return SequenceState(inference.zero_state(1), inference.window_logits([tail])[0], tail, seen, length)
+    hidden = inference.zero_state(1) if state is None else state.hidden
+    if len(prompt):
+        hidden = inference.prefill([prompt], hidden)
+    logits = inference.logits(hidden)[0] if len(prompt) else state.logits
+    return SequenceState(hidden, logits, prompt[:0].to(inference.device), seen, length)

@@ -1,0 +1,86 @@
+"""Request and Completion: what the generation loop takes and what it gives back, in token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .network import Network
+from .sampling import SamplingParams
+from .sequence import SequenceState
+
+
+@dataclasses.dataclass
+class Request:
+    """One sequence to generate.
+
+    prompt              ids, a list or a 1-D int64 tensor; not empty unless ``state`` is given
+    sampling            how tokens are drawn;  repetition_penalty: > 1 makes ids that have occurred less likely
+    seed, sequence      64-bit integers: which random numbers are used; two requests with both equal share them
+    eos                 ids that end the sequence; the id that ended it is the last of the result
+    state               start from here instead of from nothing; the prompt follows it
+    logprobs            keep the log-probability of each token
+    window              for a network with window state: ids that are run for each token, instead of the config's
+    """
+
+    prompt: Sequence[int] | Tensor
+    max_new_tokens: int
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    seed: int = 0
+    sequence: int = 0
+    repetition_penalty: float = 1.0
+    eos: frozenset[int] = frozenset()
+    state: SequenceState | None = None
+    logprobs: bool = False
+    window: int | None = None
+
+
+@dataclasses.dataclass
+class Completion:
+    """What came of request number ``index``.
+
+    finish_reason: ``length`` (max_new_tokens reached), ``eos``, ``stop`` (the callback said so) or ``error`` (``error``
+    says why; the tokens before it are kept). logprobs: natural log of each token's probability under the network's own
+    softmax at T = 1 without penalty and filters, or None when not asked for. prompt_tokens: ids read, those of the
+    state included.
+    """
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[float] | None
+    prompt_tokens: int
+    finish_reason: str = ""
+    error: str | None = None
+
+
+def check_request(request: Request, network: Network) -> Tensor:
+    """The prompt as a 1-D int64 tensor; ``ValueError`` says what is wrong with the request."""
+    config = network.config
+    if (
+        isinstance(request.max_new_tokens, bool)
+        or not isinstance(request.max_new_tokens, int)
+        or request.max_new_tokens < 0
+    ):
+        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {request.max_new_tokens!r}")
+    if not 0 < request.repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be positive and finite (1 = off), got {request.repetition_penalty}")
+    if request.window is not None and config.state != "window":
+        raise ValueError(f"window={request.window} needs a network with state='window', this one carries its state")
+    if request.window is not None and request.window < 1:
+        raise ValueError(f"window must be at least 1, got {request.window}")
+    for name in ("seed", "sequence"):
+        if not -(2**63) <= getattr(request, name) < 2**64:
+            raise ValueError(f"{name} must fit in 64 bits, got {getattr(request, name)}")
+    prompt = torch.as_tensor(request.prompt, dtype=torch.int64).reshape(-1).cpu()
+    if len(prompt) == 0 and request.state is None:
+        raise ValueError("a request needs a prompt of at least one id, or a state to start from")
+    if len(prompt) and not (0 <= int(prompt.min()) and int(prompt.max()) < config.vocab_size):
+        wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)][0]
+        raise ValueError(f"prompt ids must be in 0 .. {config.vocab_size - 1}, got {int(wrong)}")
+    if request.state is not None:
+        request.state.check(network)
+    return prompt
