@@ -1,4 +1,5 @@
-// Registers the kernels as torch.ops.fastrnn_cpu.*: checks the arguments, allocates the results, calls through kernels.h.
+// Registers the kernels as torch.ops.fastrnn_cpu.*: checks the arguments, allocates the results, calls through
+// kernels.h.
 //
 // The only file that includes torch, and of torch only its stable interface, so that one binary serves every torch from
 // 2.11 on. Fake kernels, autograd and the choice of a backend are Python's (fastrnn/ops.py, fastrnn/backends.py).
@@ -44,8 +45,7 @@ std::string shape_of(const Tensor& t) {
 }
 
 // One call of one op: its name, its sizes and the dense copies of strided arguments, alive until the kernel is done.
-template <class F>
-class Call {
+template <class F> class Call {
  public:
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
   const char* h_from = "h0";  // the argument that H was read from, for messages
@@ -53,7 +53,8 @@ class Call {
   Call(const char* op, const Tensor& x, const Tensor& h0) : op_(op) {
     kept_.reserve(20);
     const ScalarType wanted = std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float;
-    if (x.scalar_type() != wanted) fail("x must be float32 or float64, like every other argument, got " + dtype_name(x.scalar_type()));
+    if (x.scalar_type() != wanted)
+      fail("x must be float32 or float64, like every other argument, got " + dtype_name(x.scalar_type()));
     if (x.dim() != 3) fail("x must be (T, B, I), got " + shape_of(x));
     if (h0.dim() != 2) fail("h0 must be (B, H), got " + shape_of(h0));
     T = x.size(0), B = x.size(1), I = x.size(2), H = P = h0.size(1);
@@ -64,7 +65,8 @@ class Call {
 
   // The data of an argument after checking its dtype, device and shape.
   const F* want(const char* name, const Tensor& t, Dims dims) {
-    return static_cast<const F*>(data(name, t, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float, dims));
+    return static_cast<const F*>(
+        data(name, t, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float, dims));
   }
   const F* want(const char* name, const MaybeTensor& t, Dims dims) { return t ? want(name, *t, dims) : nullptr; }
   const int64_t* want_lengths(const MaybeTensor& t) {
@@ -72,7 +74,8 @@ class Call {
     const auto* lengths = static_cast<const int64_t*>(data("lengths", *t, ScalarType::Long, {"B"}));
     for (int64_t b = 0; b < B; ++b)
       if (lengths[b] < 0 || lengths[b] > T)
-        fail("lengths must be within 0 and T=" + std::to_string(T) + ", got " + std::to_string(lengths[b]) + " for row " + std::to_string(b));
+        fail("lengths must be within 0 and T=" + std::to_string(T) + ", got " + std::to_string(lengths[b]) +
+             " for row " + std::to_string(b));
     return lengths;
   }
   const bool* want_reset(const MaybeTensor& t) {
@@ -108,7 +111,8 @@ class Call {
   }
 
   const void* data(const char* name, const Tensor& t, ScalarType dtype, Dims dims) {
-    if (t.scalar_type() != dtype) fail(std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.scalar_type()));
+    if (t.scalar_type() != dtype)
+      fail(std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.scalar_type()));
     if (!t.is_cpu()) fail(std::string(name) + " must be on the CPU, like x");
     bool fits = t.dim() == static_cast<int64_t>(dims.size());
     int64_t d = 0;
@@ -130,7 +134,8 @@ class Call {
       if (why.find(reason) == std::string::npos) why += (why.empty() ? "" : " and ") + reason;
     }
     const std::string end = dims.size() == 1 ? ",)" : ")";
-    fail(std::string(name) + " must be (" + letters + end + " = (" + sizes + end + " because " + why + ", got " + shape_of(t));
+    fail(std::string(name) + " must be (" + letters + end + " = (" + sizes + end + " because " + why + ", got " +
+         shape_of(t));
   }
 };
 
@@ -143,17 +148,21 @@ fr::Pool threads() {
 
 // The arguments that every cell has. GH: "4H" for LSTM, and so on; P: "H" where there is no projection.
 template <class F>
-fr::Sequence<F> sequence(Call<F>& c, const char* GH, const char* P, const Tensor& x, const Tensor& h0, const Tensor& w_ih,
-                         const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, const MaybeTensor& lengths,
-                         const MaybeTensor& reset, bool reverse) {
-  return {c.T, c.B, c.I, c.H, c.P, c.want("x", x, {"T", "B", "I"}), c.want("h0", h0, {"B", P}),
-          c.want("w_ih", w_ih, {GH, "I"}), c.want("w_hh", w_hh, {GH, P}), c.want("b_ih", b_ih, {GH}),
-          c.want("b_hh", b_hh, {GH}), c.want_lengths(lengths), c.want_reset(reset), reverse, threads()};
+fr::Sequence<F> sequence(Call<F>& c, const char* GH, const char* P, const Tensor& x, const Tensor& h0,
+                         const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
+                         const MaybeTensor& lengths, const MaybeTensor& reset, bool reverse) {
+  fr::Sequence<F> q{};
+  q.T = c.T, q.B = c.B, q.I = c.I, q.H = c.H, q.P = c.P;
+  q.x = c.want("x", x, {"T", "B", "I"}), q.h0 = c.want("h0", h0, {"B", P});
+  q.w_ih = c.want("w_ih", w_ih, {GH, "I"}), q.w_hh = c.want("w_hh", w_hh, {GH, P});
+  q.b_ih = c.want("b_ih", b_ih, {GH}), q.b_hh = c.want("b_hh", b_hh, {GH});
+  q.lengths = c.want_lengths(lengths), q.reset = c.want_reset(reset);
+  q.reverse = reverse, q.pool = threads();
+  return q;
 }
 
 // Reads H from c0 where h0 has the projected size; returns the letter of h's size.
-template <class F>
-const char* projection(Call<F>& c, const Tensor& c0, const MaybeTensor& w_hr) {
+template <class F> const char* projection(Call<F>& c, const Tensor& c0, const MaybeTensor& w_hr) {
   if (!w_hr) return "H";
   if (c0.dim() != 2 || c0.size(1) < 1) c.fail("c0 must be (B, H), got " + shape_of(c0));
   c.H = c0.size(1);
@@ -162,9 +171,10 @@ const char* projection(Call<F>& c, const Tensor& c0, const MaybeTensor& w_hr) {
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
-    Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh, MaybeTensor w_hr,
-    MaybeTensor lengths, MaybeTensor reset, bool reverse, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor x, Tensor h0, Tensor c0, Tensor w_ih,
+                                                                Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+                                                                MaybeTensor w_hr, MaybeTensor lengths,
+                                                                MaybeTensor reset, bool reverse, bool save) {
   Call<F> c("lstm_forward", x, h0);
   const char* P = projection(c, c0, w_hr);
   fr::LstmForward<F> a{};
@@ -172,7 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   a.c0 = c.want("c0", c0, {"B", "H"});
   a.w_hr = c.want("w_hr", w_hr, {"P", "H"});
   Tensor y = c.result(x, {"T", "B", P}, &a.y), hn = c.result(x, {"B", P}, &a.hn), cn = c.result(x, {"B", "H"}, &a.cn);
-  Tensor gates = c.result_if(save, x, {"T", "B", "4H"}, &a.gates), cells = c.result_if(save, x, {"T", "B", "H"}, &a.cells);
+  Tensor gates = c.result_if(save, x, {"T", "B", "4H"}, &a.gates),
+         cells = c.result_if(save, x, {"T", "B", "H"}, &a.cells);
   fr::lstm_forward(a);
   return {y, hn, cn, gates, cells};
 }
@@ -180,7 +191,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
 template <class F>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
-    MaybeTensor b_hh, MaybeTensor w_hr, MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates, Tensor cells) {
+    MaybeTensor b_hh, MaybeTensor w_hr, MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates,
+    Tensor cells) {
   Call<F> c("lstm_backward", x, h0);
   const char* P = projection(c, c0, w_hr);
   fr::LstmBackward<F> a{};
@@ -193,7 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   a.dy = c.want("dy", dy, {"T", "B", P});
   a.dhn = c.want("dhn", dhn, {"B", P});
   a.dcn = c.want("dcn", dcn, {"B", "H"});
-  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", P}, &a.dh0), dc0 = c.result(x, {"B", "H"}, &a.dc0);
+  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", P}, &a.dh0),
+         dc0 = c.result(x, {"B", "H"}, &a.dc0);
   Tensor dw_ih = c.result(x, {"4H", "I"}, &a.dw_ih), dw_hh = c.result(x, {"4H", P}, &a.dw_hh);
   Tensor db = c.result_if(b_ih || b_hh, x, {"4H"}, &a.db), dw_hr = c.result_if(!!w_hr, x, {"P", "H"}, &a.dw_hr);
   fr::lstm_backward(a);
@@ -201,8 +214,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
-                                               MaybeTensor lengths, MaybeTensor reset, bool reverse, bool save) {
+std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
+                                               MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse,
+                                               bool save) {
   Call<F> c("gru_forward", x, h0);
   fr::GruForward<F> a{};
   a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -213,9 +227,11 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor x, Tensor h0, Tensor w_ih,
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
-    Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
-    MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0,
+                                                                        Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
+                                                                        MaybeTensor b_hh, MaybeTensor lengths,
+                                                                        MaybeTensor reset, bool reverse, Tensor y,
+                                                                        Tensor gates) {
   Call<F> c("gru_backward", x, h0);
   fr::GruBackward<F> a{};
   a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -230,15 +246,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
   return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
 }
 
-template <class F>
-bool is_relu(const Call<F>& c, const std::string& nonlinearity) {
-  if (nonlinearity != "tanh" && nonlinearity != "relu") c.fail("nonlinearity must be 'tanh' or 'relu', got '" + nonlinearity + "'");
+template <class F> bool is_relu(const Call<F>& c, const std::string& nonlinearity) {
+  if (nonlinearity != "tanh" && nonlinearity != "relu")
+    c.fail("nonlinearity must be 'tanh' or 'relu', got '" + nonlinearity + "'");
   return nonlinearity == "relu";
 }
 
 template <class F>
-std::tuple<Tensor, Tensor> rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
-                                       MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity) {
+std::tuple<Tensor, Tensor> rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
+                                       MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse,
+                                       std::string nonlinearity) {
   Call<F> c("rnn_forward", x, h0);
   fr::RnnForward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -249,9 +266,10 @@ std::tuple<Tensor, Tensor> rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor 
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
-    Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
-    MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity, Tensor y) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih,
+                                                                Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+                                                                MaybeTensor lengths, MaybeTensor reset, bool reverse,
+                                                                std::string nonlinearity, Tensor y) {
   Call<F> c("rnn_backward", x, h0);
   fr::RnnBackward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -267,20 +285,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
 }
 
 // An op for both dtypes: float64 where the first argument is, else float32, which refuses every other dtype.
-template <auto F32, auto F64>
-struct ByDtype;
-template <class R, class... A, R (*F32)(Tensor, A...), R (*F64)(Tensor, A...)>
-struct ByDtype<F32, F64> {
+template <auto F32, auto F64> struct ByDtype;
+template <class R, class... A, R (*F32)(Tensor, A...), R (*F64)(Tensor, A...)> struct ByDtype<F32, F64> {
   static R call(Tensor first, A... rest) {
     return first.scalar_type() == ScalarType::Double ? F64(first, rest...) : F32(first, rest...);
   }
 };
 #define FR_OP(op) m.impl(#op, TORCH_BOX((&ByDtype<&op<float>, &op<double>>::call)))
 
+// A row's parameter of `sample`: (B,) of one dtype, dense for as long as `kept` lives.
+template <class D> const D* column(const char* name, const Tensor& t, int64_t B, std::vector<Tensor>& kept) {
+  constexpr ScalarType dtype = std::is_same_v<D, float> ? ScalarType::Float : ScalarType::Long;
+  if (t.scalar_type() != dtype || !t.is_cpu() || t.dim() != 1 || t.size(0) != B)
+    throw std::runtime_error(std::string("sample: ") + name + " must be (B,) = (" + std::to_string(B) + ",) " +
+                             dtype_name(dtype) + " on the CPU, like logits, got " + shape_of(t) + " " +
+                             dtype_name(t.scalar_type()));
+  kept.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  return static_cast<const D*>(kept.back().data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p,
+                                                          Tensor min_p, MaybeTensor mask, Tensor seed, Tensor sequence,
+                                                          Tensor step, int64_t mode_of, bool logprobs) {
+  const auto fail = [](const std::string& what) { throw std::runtime_error("sample: " + what); };
+  if (logits.scalar_type() != ScalarType::Float || logits.dim() != 2)
+    fail("logits must be (B, V) float32, got " + shape_of(logits) + " " + dtype_name(logits.scalar_type()));
+  const int64_t B = logits.size(0), V = logits.size(1);
+  if (V < 1 || V > fr::kMaxVocabulary)
+    fail("logits must have 1 to " + std::to_string(fr::kMaxVocabulary) + " columns (tokens), got " + std::to_string(V));
+  if (mode_of < 1) fail("mode_of must be at least 1, got " + std::to_string(mode_of));
+  std::vector<Tensor> kept;
+  kept.push_back(torch::stable::contiguous(logits));
+  fr::Sample a{};
+  a.B = B, a.V = V, a.mode_of = mode_of, a.logprobs = logprobs, a.pool = threads();
+  a.logits = static_cast<const float*>(kept.back().data_ptr());
+  a.scale = column<float>("scale", scale, B, kept), a.min_p = column<float>("min_p", min_p, B, kept);
+  a.top_k = column<int64_t>("top_k", top_k, B, kept), a.top_p = column<int64_t>("top_p", top_p, B, kept);
+  a.seed = column<int64_t>("seed", seed, B, kept), a.sequence = column<int64_t>("sequence", sequence, B, kept);
+  a.step = column<int64_t>("step", step, B, kept);
+  if (mask) {
+    const bool fits = mask->dim() == 2 && (mask->size(0) == 1 || mask->size(0) == B) && mask->size(1) == V;
+    if (!fits || mask->scalar_type() != ScalarType::Bool || !mask->is_cpu())
+      fail("mask must be (1, V) or (B, V) = (" + std::to_string(B) + ", " + std::to_string(V) +
+           ") bool on the CPU, like logits, got " + shape_of(*mask) + " " + dtype_name(mask->scalar_type()));
+    kept.push_back(torch::stable::contiguous(*mask));
+    a.mask = static_cast<const bool*>(kept.back().data_ptr());
+    a.mask_stride = mask->size(0) == 1 ? 0 : V;
+  }
+  const int64_t rows = B, floats = logprobs ? B : 0;
+  const auto empty = [&](const int64_t& size, ScalarType dtype) {
+    return torch::stable::new_empty(logits, {&size, 1}, dtype);
+  };
+  Tensor token = empty(rows, ScalarType::Long), status = empty(rows, ScalarType::Int);
+  Tensor plain = empty(floats, ScalarType::Float), tempered = empty(floats, ScalarType::Float),
+         margin = empty(floats, ScalarType::Float);
+  a.token = static_cast<int64_t*>(token.data_ptr()), a.status = static_cast<int32_t*>(status.data_ptr());
+  a.logprob = static_cast<float*>(plain.data_ptr()), a.tempered_logprob = static_cast<float*>(tempered.data_ptr());
+  a.margin = static_cast<float*>(margin.data_ptr());
+  fr::sample(a);
+  return {token, plain, tempered, margin, status};
+}
+
 std::string isa() { return fr::cpu_isa(); }
 void set_isa(std::string name) { fr::set_cpu_isa(name.c_str()); }
 std::string build_info() {
-  std::string text = "compiler " __VERSION__ ", C++ " + std::to_string(__cplusplus / 100 % 100) + ", torch interface 2.11";
+  std::string text =
+      "compiler " __VERSION__ ", C++ " + std::to_string(__cplusplus / 100 % 100) + ", torch interface 2.11";
 #ifdef FASTRNN_WITH_CUDA
   return text + ", with CUDA";
 #else
@@ -293,17 +363,26 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(fastrnn_cpu, m) {
 #define FR_WEIGHTS "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
 #define FR_ROWS "Tensor? lengths, Tensor? reset, bool reverse"
-  m.def("lstm_forward(Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS "Tensor? w_hr, " FR_ROWS ", bool save)"
+  m.def("lstm_forward(Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS "Tensor? w_hr, " FR_ROWS
+        ", bool save)"
         " -> (Tensor y, Tensor hn, Tensor cn, Tensor gates, Tensor cells)");
-  m.def("lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS "Tensor? w_hr, " FR_ROWS
+  m.def("lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS
+        "Tensor? w_hr, " FR_ROWS
         ", Tensor y, Tensor gates, Tensor cells)"
         " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)");
   m.def("gru_forward(Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", bool save) -> (Tensor y, Tensor hn, Tensor gates)");
-  m.def("gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", Tensor y, Tensor gates)"
+  m.def("gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS
+        ", Tensor y, Tensor gates)"
         " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
   m.def("rnn_forward(Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", str nonlinearity) -> (Tensor y, Tensor hn)");
-  m.def("rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", str nonlinearity, Tensor y)"
+  m.def("rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS
+        ", str nonlinearity, Tensor y)"
         " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
+  m.def(
+      "sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, Tensor? mask, Tensor seed, Tensor "
+      "sequence,"
+      " Tensor step, int mode_of, bool logprobs)"
+      " -> (Tensor token, Tensor logprob, Tensor tempered_logprob, Tensor margin, Tensor status)");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("build_info() -> str");
@@ -316,6 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CPU, m) {
   FR_OP(gru_backward);
   FR_OP(rnn_forward);
   FR_OP(rnn_backward);
+  m.impl("sample", TORCH_BOX(&sample));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CompositeExplicitAutograd, m) {

@@ -26,8 +26,7 @@ struct Pool {
 };
 
 // What every cell's forward and backward read.
-template <class F>
-struct Sequence {
+template <class F> struct Sequence {
   int64_t T, B, I, H, P;
   const F* x;              // (T, B, I)
   const F* h0;             // (B, P)
@@ -41,8 +40,7 @@ struct Sequence {
   Pool pool;
 };
 
-template <class F>
-struct LstmForward {
+template <class F> struct LstmForward {
   Sequence<F> in;
   const F* c0;    // (B, H)
   const F* w_hr;  // (P, H), or null and then P = H
@@ -53,8 +51,7 @@ struct LstmForward {
   F* cells;       // out (T, B, H): c_t; null exactly when gates is
 };
 
-template <class F>
-struct LstmBackward {
+template <class F> struct LstmBackward {
   Sequence<F> in;
   const F* c0;     // (B, H)
   const F* w_hr;   // (P, H) or null
@@ -73,16 +70,14 @@ struct LstmBackward {
   F* dw_hr;        // out (P, H); null exactly when w_hr is
 };
 
-template <class F>
-struct GruForward {
+template <class F> struct GruForward {
   Sequence<F> in;
   F* y;      // out (T, B, H)
   F* hn;     // out (B, H)
   F* gates;  // out (T, B, 4H): r, z, n after their activations and q = W_hn h + b_hn, or null: not wanted
 };
 
-template <class F>
-struct GruBackward {
+template <class F> struct GruBackward {
   Sequence<F> in;
   const F* y;      // (T, B, H) of the forward call, as is gates
   const F* gates;  // (T, B, 4H)
@@ -96,16 +91,14 @@ struct GruBackward {
   F* db_hh;        // out (3H,) or null: differs from db_ih in its n part
 };
 
-template <class F>
-struct RnnForward {
+template <class F> struct RnnForward {
   Sequence<F> in;
   bool relu;  // else tanh
   F* y;       // out (T, B, H)
   F* hn;      // out (B, H)
 };
 
-template <class F>
-struct RnnBackward {
+template <class F> struct RnnBackward {
   Sequence<F> in;
   bool relu;
   const F* y;    // (T, B, H) of the forward call
@@ -118,27 +111,29 @@ struct RnnBackward {
   F* db;         // out (H,) or null: the gradient of b_ih and of b_hh
 };
 
+constexpr int64_t kMaxVocabulary = 1 << 24;
+
 // One token a row; sampling.h holds the arithmetic, fastrnn/reference_sample.py the definition. float32 only.
 // The result of a row depends on that row's elements alone. B may be 0; V is 1 .. 2^24.
 struct Sample {
   int64_t B, V;
-  const float* logits;        // (B, V)
-  const float* scale;         // (B,) log2(e) / temperature; 0: greedy
-  const int64_t* top_k;       // (B,) 0: off
-  const int64_t* top_p;       // (B,) in units of 2^-63; 0: off
-  const float* min_p;         // (B,) -log2(min_p); +inf: off
-  const bool* mask;           // (V,) when mask_stride is 0, (B, V) when it is V, true = allowed; or null
+  const float* logits;   // (B, V)
+  const float* scale;    // (B,) log2(e) / temperature; 0: greedy
+  const int64_t* top_k;  // (B,) 0: off
+  const int64_t* top_p;  // (B,) in units of 2^-63; 0: off
+  const float* min_p;    // (B,) -log2(min_p); +inf: off
+  const bool* mask;      // (V,) when mask_stride is 0, (B, V) when it is V, true = allowed; or null
   int64_t mask_stride;
-  const int64_t* seed;        // (B,) bits of a uint64, as is sequence
-  const int64_t* sequence;    // (B,)
-  const int64_t* step;        // (B,) the low 32 bits count
-  int64_t mode_of;            // 1 or more: the most frequent token of that many draws
-  bool logprobs;              // false: the three float outputs are not touched and may be null
-  int64_t* token;             // out (B,); 0 where status is not 0
-  float* logprob;             // out (B,) at temperature 1 over all logits; NaN where status is not 0, as are the next two
-  float* tempered_logprob;    // out (B,) at the row's temperature over what mask and filters leave
-  float* margin;              // out (B,)
-  int32_t* status;            // out (B,) fr::draw::Status
+  const int64_t* seed;      // (B,) bits of a uint64, as is sequence
+  const int64_t* sequence;  // (B,)
+  const int64_t* step;      // (B,) the low 32 bits count
+  int64_t mode_of;          // 1 or more: the most frequent token of that many draws
+  bool logprobs;            // false: the three float outputs are not touched and may be null
+  int64_t* token;           // out (B,); 0 where status is not 0
+  float* logprob;           // out (B,) at temperature 1 over all logits; NaN where status is not 0, as are the next two
+  float* tempered_logprob;  // out (B,) at the row's temperature over what mask and filters leave
+  float* margin;            // out (B,)
+  int32_t* status;          // out (B,) fr::draw::Status
   Pool pool;
 };
 
