@@ -14,6 +14,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -23,19 +24,21 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Tensors2 = std::tuple<Tensor, Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Dims = std::initializer_list<const char*>;  // each a letter of kernels.h with an optional factor: "T", "4H"
 
 std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(dtype);
-  }
+  constexpr std::pair<ScalarType, const char*> names[] = {
+      {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"}, {ScalarType::Half, "float16"},
+      {ScalarType::Long, "int64"},    {ScalarType::Int, "int32"},      {ScalarType::BFloat16, "bfloat16"},
+      {ScalarType::Bool, "bool"}};
+  for (const auto& [known, name] : names)
+    if (known == dtype) return name;
+  return torch::headeronly::toString(dtype);
 }
 
 std::string shape_of(const Tensor& t) {
@@ -171,10 +174,8 @@ template <class F> const char* projection(Call<F>& c, const Tensor& c0, const Ma
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor x, Tensor h0, Tensor c0, Tensor w_ih,
-                                                                Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
-                                                                MaybeTensor w_hr, MaybeTensor lengths,
-                                                                MaybeTensor reset, bool reverse, bool save) {
+Tensors5 lstm_forward(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+                      MaybeTensor w_hr, MaybeTensor lengths, MaybeTensor reset, bool reverse, bool save) {
   Call<F> c("lstm_forward", x, h0);
   const char* P = projection(c, c0, w_hr);
   fr::LstmForward<F> a{};
@@ -189,10 +190,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor x, Tensor
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
-    Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
-    MaybeTensor b_hh, MaybeTensor w_hr, MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates,
-    Tensor cells) {
+Tensors7 lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh,
+                       MaybeTensor b_ih, MaybeTensor b_hh, MaybeTensor w_hr, MaybeTensor lengths, MaybeTensor reset,
+                       bool reverse, Tensor y, Tensor gates, Tensor cells) {
   Call<F> c("lstm_backward", x, h0);
   const char* P = projection(c, c0, w_hr);
   fr::LstmBackward<F> a{};
@@ -214,9 +214,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
-                                               MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse,
-                                               bool save) {
+Tensors3 gru_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+                     MaybeTensor lengths, MaybeTensor reset, bool reverse, bool save) {
   Call<F> c("gru_forward", x, h0);
   fr::GruForward<F> a{};
   a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -227,11 +226,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor x, Tensor h0, Tensor w_ih,
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0,
-                                                                        Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
-                                                                        MaybeTensor b_hh, MaybeTensor lengths,
-                                                                        MaybeTensor reset, bool reverse, Tensor y,
-                                                                        Tensor gates) {
+Tensors6 gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
+                      MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates) {
   Call<F> c("gru_backward", x, h0);
   fr::GruBackward<F> a{};
   a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -253,9 +249,8 @@ template <class F> bool is_relu(const Call<F>& c, const std::string& nonlinearit
 }
 
 template <class F>
-std::tuple<Tensor, Tensor> rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
-                                       MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse,
-                                       std::string nonlinearity) {
+Tensors2 rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
+                     MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity) {
   Call<F> c("rnn_forward", x, h0);
   fr::RnnForward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -266,10 +261,9 @@ std::tuple<Tensor, Tensor> rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor 
 }
 
 template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih,
-                                                                Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
-                                                                MaybeTensor lengths, MaybeTensor reset, bool reverse,
-                                                                std::string nonlinearity, Tensor y) {
+Tensors5 rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
+                      MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity,
+                      Tensor y) {
   Call<F> c("rnn_backward", x, h0);
   fr::RnnBackward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -304,9 +298,8 @@ template <class D> const D* column(const char* name, const Tensor& t, int64_t B,
   return static_cast<const D*>(kept.back().data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p,
-                                                          Tensor min_p, MaybeTensor mask, Tensor seed, Tensor sequence,
-                                                          Tensor step, int64_t mode_of, bool logprobs) {
+Tensors5 sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, MaybeTensor mask, Tensor seed,
+                Tensor sequence, Tensor step, int64_t mode_of, bool logprobs) {
   const auto fail = [](const std::string& what) { throw std::runtime_error("sample: " + what); };
   if (logits.scalar_type() != ScalarType::Float || logits.dim() != 2)
     fail("logits must be (B, V) float32, got " + shape_of(logits) + " " + dtype_name(logits.scalar_type()));

@@ -28,7 +28,9 @@ namespace FR_ISA {
 #else
 
 // The primitives of a scalar R; vectors bring their own.
-template <class R> struct ScalarOf { using type = R; };
+template <class R> struct ScalarOf {
+  using type = R;
+};
 FR_HD float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FR_HD double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 FR_HD float abs(float a) { return __builtin_fabsf(a); }
@@ -89,7 +91,9 @@ template <class R> FR_HD R expm1_tail(R r, double) {
 
 // e^x = scale * (1 + q) with scale a power of two, q in [-0.30, 0.42] and q relatively accurate: q -> x for x -> 0.
 // x within [exp_min, exp_max] or NaN, which reaches q.
-template <class R> struct Expm1Parts { R scale, q; };
+template <class R> struct Expm1Parts {
+  R scale, q;
+};
 template <class R> FR_HD Expm1Parts<R> expm1_parts(R x) {
   using S = typename ScalarOf<R>::type;
   using C = ExpConstants<S>;
@@ -123,7 +127,9 @@ template <class R> FR_HD R tanh(R x) {
 template <class R> FR_HD R relu(R x) { return if_less(x, R(0), R(0), x); }
 
 // LSTM: i f o = sigmoid, g = tanh of the pre-activations p; c = f c' + i g; m = o tanh(c) is h before the projection.
-template <class R> struct LstmStep { R i, f, g, o, c, m; };
+template <class R> struct LstmStep {
+  R i, f, g, o, c, m;
+};
 template <class R> FR_HD LstmStep<R> lstm_step(R pi, R pf, R pg, R po, R c_prev) {
   LstmStep<R> s;
   s.i = sigmoid(pi);
@@ -134,8 +140,11 @@ template <class R> FR_HD LstmStep<R> lstm_step(R pi, R pf, R pg, R po, R c_prev)
   s.m = s.o * tanh(s.c);
   return s;
 }
-// dm, dc: gradients that reach m and c from outside this step. Gives those of the pre-activations and of c', and m again.
-template <class R> struct LstmStepGrad { R pi, pf, pg, po, c_prev, m; };
+// dm, dc: gradients that reach m and c from outside this step. Gives those of the pre-activations and of c', and m
+// again.
+template <class R> struct LstmStepGrad {
+  R pi, pf, pg, po, c_prev, m;
+};
 template <class R> FR_HD LstmStepGrad<R> lstm_step_grad(R dm, R dc, R i, R f, R g, R o, R c, R c_prev) {
   LstmStepGrad<R> d;
   const R tc = tanh(c);
@@ -150,7 +159,9 @@ template <class R> FR_HD LstmStepGrad<R> lstm_step_grad(R dm, R dc, R i, R f, R 
 }
 
 // GRU: r z = sigmoid(xr + hr, xz + hz), n = tanh(xn + r q), h = (1 - z) n + z h'; x* from the input, h* and q from h'.
-template <class R> struct GruStep { R r, z, n, h; };
+template <class R> struct GruStep {
+  R r, z, n, h;
+};
 template <class R> FR_HD GruStep<R> gru_step(R xr, R xz, R xn, R hr, R hz, R q, R h_prev) {
   GruStep<R> s;
   s.r = sigmoid(xr + hr);
@@ -161,7 +172,9 @@ template <class R> FR_HD GruStep<R> gru_step(R xr, R xz, R xn, R hr, R hz, R q, 
 }
 // dh reaches h. pr pz pn: gradients of the input's part, of the hidden part too but for n, where q is; h_prev: the
 // direct path only, without W_hh.
-template <class R> struct GruStepGrad { R pr, pz, pn, q, h_prev; };
+template <class R> struct GruStepGrad {
+  R pr, pz, pn, q, h_prev;
+};
 template <class R> FR_HD GruStepGrad<R> gru_step_grad(R dh, R r, R z, R n, R q, R h_prev) {
   GruStepGrad<R> d;
   d.pz = dh * (h_prev - n) * (z * (R(1) - z));
@@ -175,7 +188,7 @@ template <class R> FR_HD GruStepGrad<R> gru_step_grad(R dh, R r, R z, R n, R q, 
 // Elman: h = tanh(p) or relu(p); the gradient of p from that of h, given h.
 template <class R> FR_HD R rnn_step(R p, bool use_relu) { return use_relu ? relu(p) : tanh(p); }
 template <class R> FR_HD R rnn_step_grad(R dh, R h, bool use_relu) {
-  return use_relu ? if_less(R(0), h, dh, R(0) * h) : dh * fma(R(0) - h, h, R(1));
+  return use_relu ? dh * if_less(R(0), h, R(1), R(0)) : dh * fma(R(0) - h, h, R(1));
 }
 
 #ifdef FR_ISA

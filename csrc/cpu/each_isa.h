@@ -13,11 +13,16 @@
 
 #if FR_X86
 #if defined(__clang__)
-#define FR_TARGET_AVX512 _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = function)")
+#define FR_TARGET_AVX512                                                                                           \
+  _Pragma(                                                                                                         \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = " \
+      "function)")
 #define FR_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
 #define FR_TARGET_END _Pragma("clang attribute pop")
 #else
-#define FR_TARGET_AVX512 _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
+#define FR_TARGET_AVX512      \
+  _Pragma("GCC push_options") \
+      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
 #define FR_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define FR_TARGET_END _Pragma("GCC pop_options")
 #endif
@@ -51,10 +56,10 @@ FR_TARGET_END
 
 // The variant of a kernel that the current instruction set names.
 #if FR_X86
-#define FR_DISPATCH(kernel, call)                   \
-  switch (current_isa()) {                          \
-    case Isa::avx512: return avx512::kernel(call);  \
-    case Isa::avx2: return avx2::kernel(call);      \
+#define FR_DISPATCH(kernel, call)                      \
+  switch (current_isa()) {                             \
+    case Isa::avx512: return avx512::kernel(call);     \
+    case Isa::avx2: return avx2::kernel(call);         \
     case Isa::portable: return portable::kernel(call); \
   }
 #else

@@ -8,8 +8,7 @@ namespace fr {
 namespace FR_ISA {
 
 // Row r of a matrix whose rows come in groups: base + (r / group) * group_stride + (r % group) * row_stride.
-template <class F>
-struct Rows {
+template <class F> struct Rows {
   F* base;
   int64_t row_stride, group, group_stride;
   FR_INLINE F* operator[](int64_t r) const {
@@ -29,7 +28,8 @@ template <class F> FR_INLINE Rows<F> dense_rows(F* base, int64_t row_stride) { r
 enum class Onto { bias, c };
 
 template <class F, int MR, int NR>
-static void dot_tile(const F* const* a, const F* const* w, int64_t K, Onto onto, const F* bias, F* const* c, int64_t n_valid) {
+static void dot_tile(const F* const* a, const F* const* w, int64_t K, Onto onto, const F* bias, F* const* c,
+                     int64_t n_valid) {
   using V = Vec<F>;
   V acc[MR][NR];
 #pragma GCC unroll 8
@@ -70,8 +70,8 @@ static void dot_tile(const F* const* a, const F* const* w, int64_t K, Onto onto,
 }
 
 template <class F, int MR, int NR>
-static void dot_rows(const Rows<const F>& a, int64_t m0, const F* w, int64_t n0, int64_t n1, int64_t N, int64_t K, Onto onto,
-                     const F* bias, const Rows<F>& c) {
+static void dot_rows(const Rows<const F>& a, int64_t m0, const F* w, int64_t n0, int64_t n1, int64_t N, int64_t K,
+                     Onto onto, const F* bias, const Rows<F>& c) {
   const F* ar[MR];
   for (int m = 0; m < MR; ++m) ar[m] = a[m0 + m];
   for (int64_t n = n0; n < n1; n += NR) {
@@ -85,7 +85,8 @@ static void dot_rows(const Rows<const F>& a, int64_t m0, const F* w, int64_t n0,
 
 // c (M, N) = base + a (M, K) w^T, w (N, K) dense.
 template <class F>
-static void dot_gemm(int64_t M, int64_t N, int64_t K, const Rows<const F>& a, const F* w, Onto onto, const F* bias, const Rows<F>& c) {
+static void dot_gemm(int64_t M, int64_t N, int64_t K, const Rows<const F>& a, const F* w, Onto onto, const F* bias,
+                     const Rows<F>& c) {
   constexpr int MR = FR_VEC_BYTES == 64 ? 6 : 2;  // 32 registers, or 16
   constexpr int64_t block_bytes = 24 * 1024;      // of w: half of a 48 KB L1, so that rows of a fit beside it
   const int64_t row_bytes = (K > 0 ? K : 1) * static_cast<int64_t>(sizeof(F));
@@ -110,14 +111,14 @@ static void dot_gemm(int64_t M, int64_t N, int64_t K, const Rows<const F>& a, co
 constexpr int64_t outer_block = 128;
 
 // a(m, k) = at[m * m_stride + k * k_stride]
-template <class F>
-struct Strided {
+template <class F> struct Strided {
   const F* at;
   int64_t m_stride, k_stride;
 };
 
 template <class F, int MR, int NV>
-static void outer_tile(const Strided<F>& a, const F* b, int64_t ldb, int64_t K, bool add, F* c, int64_t ldc, int64_t n_valid) {
+static void outer_tile(const Strided<F>& a, const F* b, int64_t ldb, int64_t K, bool add, F* c, int64_t ldc,
+                       int64_t n_valid) {
   using V = Vec<F>;
   V acc[MR][NV];
 #pragma GCC unroll 8
@@ -148,7 +149,8 @@ static void outer_tile(const Strided<F>& a, const F* b, int64_t ldb, int64_t K, 
 }
 
 template <class F>
-static void outer_gemm(int64_t M, int64_t N, int64_t K, const Strided<F>& a, const F* b, int64_t ldb, bool add, F* c, int64_t ldc) {
+static void outer_gemm(int64_t M, int64_t N, int64_t K, const Strided<F>& a, const F* b, int64_t ldb, bool add, F* c,
+                       int64_t ldc) {
   using V = Vec<F>;
   constexpr int MR = FR_VEC_BYTES == 64 ? 6 : FR_VEC_BYTES == 32 ? 4 : 4;
   constexpr int NV = FR_VEC_BYTES == 64 ? 4 : 2;
@@ -175,18 +177,17 @@ static void outer_gemm(int64_t M, int64_t N, int64_t K, const Strided<F>& a, con
       const bool onto = add || k0 > 0;
       int64_t m = 0;
       for (; m + MR <= M; m += MR)
-        outer_tile<F, MR, NV>({a.at + m * a.m_stride + k0 * a.k_stride, a.m_stride, a.k_stride}, panel, ld, k_count, onto,
-                              c + m * ldc + n0, ldc, n_count);
+        outer_tile<F, MR, NV>({a.at + m * a.m_stride + k0 * a.k_stride, a.m_stride, a.k_stride}, panel, ld, k_count,
+                              onto, c + m * ldc + n0, ldc, n_count);
       for (; m < M; ++m)
-        outer_tile<F, 1, NV>({a.at + m * a.m_stride + k0 * a.k_stride, a.m_stride, a.k_stride}, panel, ld, k_count, onto,
-                             c + m * ldc + n0, ldc, n_count);
+        outer_tile<F, 1, NV>({a.at + m * a.m_stride + k0 * a.k_stride, a.m_stride, a.k_stride}, panel, ld, k_count,
+                             onto, c + m * ldc + n0, ldc, n_count);
     }
   }
 }
 
 // sums[n] = sum_m a[m][n] of a (M, N) with row stride lda, blocked as above.
-template <class F>
-static void column_sums(int64_t M, int64_t N, const F* a, int64_t lda, F* sums) {
+template <class F> static void column_sums(int64_t M, int64_t N, const F* a, int64_t lda, F* sums) {
   using V = Vec<F>;
   for (int64_t n = 0; n < N; n += V::width) {
     V total(0);

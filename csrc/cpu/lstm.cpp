@@ -16,9 +16,9 @@
 namespace fr {
 namespace FR_ISA {
 
-// One row of one step: p (4H,) pre-activations, c (H,) the state in place; m (H,) = o tanh(c), h where nothing projects.
-template <class F>
-static void lstm_row(int64_t H, const F* p, F* c, F* m, F* gates, F* cells) {
+// One row of one step: p (4H,) pre-activations, c (H,) the state in place; m (H,) = o tanh(c), h where nothing
+// projects.
+template <class F> static void lstm_row(int64_t H, const F* p, F* c, F* m, F* gates, F* cells) {
   using V = Vec<F>;
   for (int64_t j = 0; j < H; j += V::width) {
     const int64_t n = H - j;
@@ -40,13 +40,11 @@ static void lstm_row(int64_t H, const F* p, F* c, F* m, F* gates, F* cells) {
 // Moves:  a step reads w_hh, w_hr and (once per chunk) w_ih, rows * (4H + P + H) of state and pre-activations.
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F>
-struct LstmForwardKernel {
+template <class F> struct LstmForwardKernel {
   const LstmForward<F>& call;
   const F* bias;
 };
-template <class F>
-static void lstm_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
+template <class F> static void lstm_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
   const LstmForward<F>& call = static_cast<const LstmForwardKernel<F>*>(ctx)->call;
   const F* bias = static_cast<const LstmForwardKernel<F>*>(ctx)->bias;
   const Sequence<F>& q = call.in;
@@ -62,7 +60,8 @@ static void lstm_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
     apply_reset(q, t, b0, b1, call.hn, P);
     apply_reset(q, t, b0, b1, call.cn, H);
     F* p = pre.get() + (s % chunk) * rows * 4 * H;
-    dot_gemm<F>(rows, 4 * H, P, dense_rows<const F>(call.hn + b0 * P, P), q.w_hh, Onto::c, nullptr, dense_rows(p, 4 * H));
+    dot_gemm<F>(rows, 4 * H, P, dense_rows<const F>(call.hn + b0 * P, P), q.w_hh, Onto::c, nullptr,
+                dense_rows(p, 4 * H));
     for (int64_t b = b0; b < b1; ++b) {
       const int64_t at = t * q.B + b;
       F* gates = call.gates ? call.gates + at * 4 * H : nullptr;
@@ -90,8 +89,7 @@ static void lstm_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
   }
 }
 
-template <class F>
-static void lstm_forward(const LstmForward<F>& call) {
+template <class F> static void lstm_forward(const LstmForward<F>& call) {
   const Sequence<F>& q = call.in;
   const Scratch<F> bias(q.b_ih || q.b_hh ? 4 * q.H : 0);
   const LstmForwardKernel<F> kernel{call, sum_of_biases(q, 4 * q.H, bias.get())};
@@ -120,8 +118,7 @@ static void lstm_row_grad(int64_t H, const F* dm, F* dc, const F* gates, const F
 }
 
 // What the steps leave for the weight gradients, (T*B, .) each; all 0 where a row does not take part.
-template <class F>
-struct LstmBackwardKernel {
+template <class F> struct LstmBackwardKernel {
   const LstmBackward<F>& call;
   F* dp;  // (T*B, 4H) gradients of the pre-activations
   F* h;   // (T*B, P) the h each step started from
@@ -129,16 +126,17 @@ struct LstmBackwardKernel {
   F* m;   // (T*B, H) the projection's input
 };
 
-// Adds dy to what reaches h at step s and takes the rows through the projection. Result: dm of row b at dm + (b - b0) * H.
-template <class F>
-static void lstm_reach_m(const LstmBackwardKernel<F>& k, int64_t t, int64_t b0, int64_t b1, F* dm) {
+// Adds dy to what reaches h at step s and takes the rows through the projection. Result: dm of row b at dm + (b - b0) *
+// H.
+template <class F> static void lstm_reach_m(const LstmBackwardKernel<F>& k, int64_t t, int64_t b0, int64_t b1, F* dm) {
   const Sequence<F>& q = k.call.in;
   const int64_t P = q.P;
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t at = t * q.B + b;
     F* out = k.call.w_hr ? k.dh + at * P : dm + (b - b0) * P;
     const F *dy = k.call.dy + at * P, *dh = k.call.dh0 + b * P;
-    if (!takes_part(q, t, b)) zero(out, P);
+    if (!takes_part(q, t, b))
+      zero(out, P);
     else
       for (int64_t j = 0; j < P; ++j) out[j] = dy[j] + dh[j];
   }
@@ -150,8 +148,7 @@ static void lstm_reach_m(const LstmBackwardKernel<F>& k, int64_t t, int64_t b0, 
 // Moves:  a step reads w_hh (and w_hr) and rows * (4H gates + 2H cells + P + H), writes rows * (4H + P).
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F>
-static void lstm_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
+template <class F> static void lstm_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
   const LstmBackwardKernel<F>& k = *static_cast<const LstmBackwardKernel<F>*>(ctx);
   const LstmBackward<F>& call = k.call;
   const Sequence<F>& q = call.in;
@@ -173,9 +170,12 @@ static void lstm_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
       }
       const F* c_prev = state_before(q, s, b, call.c0, call.cells, H);
       const F* h_prev = state_before(q, s, b, q.h0, call.y, P);
-      lstm_row_grad(H, dm + (b - b0) * H, call.dc0 + b * H, call.gates + at * 4 * H, call.cells + at * H, c_prev, dp, m);
-      if (h_prev) copy(h_prev, P, h);
-      else zero(h, P);
+      lstm_row_grad(H, dm + (b - b0) * H, call.dc0 + b * H, call.gates + at * 4 * H, call.cells + at * H, c_prev, dp,
+                    m);
+      if (h_prev)
+        copy(h_prev, P, h);
+      else
+        zero(h, P);
     }
     outer_gemm<F>(rows, P, 4 * H, {k.dp + (t * q.B + b0) * 4 * H, 4 * H, 1}, q.w_hh, P, false, dh_prev, P);
     for (int64_t b = b0; b < b1; ++b)
@@ -185,8 +185,7 @@ static void lstm_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
   }
 }
 
-template <class F>
-static void lstm_backward(const LstmBackward<F>& call) {
+template <class F> static void lstm_backward(const LstmBackward<F>& call) {
   const Sequence<F>& q = call.in;
   const int64_t rows = q.T * q.B, H = q.H, P = q.P;
   const Scratch<F> scratch(rows * (4 * H + P + (call.w_hr ? P + H : 0)));

@@ -17,8 +17,7 @@
 namespace fr {
 namespace FR_ISA {
 
-template <class F>
-struct RnnForwardKernel {
+template <class F> struct RnnForwardKernel {
   const RnnForward<F>& call;
   const F* bias;
 };
@@ -28,8 +27,7 @@ struct RnnForwardKernel {
 // Moves:  a step reads w_hh and (once per chunk) w_ih, rows * 2H of state and pre-activations.
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F>
-static void rnn_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
+template <class F> static void rnn_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
   using V = Vec<F>;
   const RnnForward<F>& call = static_cast<const RnnForwardKernel<F>*>(ctx)->call;
   const F* bias = static_cast<const RnnForwardKernel<F>*>(ctx)->bias;
@@ -59,8 +57,7 @@ static void rnn_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
   }
 }
 
-template <class F>
-static void rnn_forward(const RnnForward<F>& call) {
+template <class F> static void rnn_forward(const RnnForward<F>& call) {
   const Sequence<F>& q = call.in;
   const Scratch<F> bias(q.b_ih || q.b_hh ? q.H : 0);
   const RnnForwardKernel<F> kernel{call, sum_of_biases(q, q.H, bias.get())};
@@ -68,8 +65,7 @@ static void rnn_forward(const RnnForward<F>& call) {
 }
 
 // What the steps leave for the weight gradients; all 0 where a row does not take part.
-template <class F>
-struct RnnBackwardKernel {
+template <class F> struct RnnBackwardKernel {
   const RnnBackward<F>& call;
   F* dp;  // (T*B, H) gradients of the pre-activations
   F* h;   // (T*B, H) the h each step started from
@@ -80,8 +76,7 @@ struct RnnBackwardKernel {
 // Moves:  a step reads w_hh and rows * 4H, writes rows * 3H.
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F>
-static void rnn_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
+template <class F> static void rnn_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
   using V = Vec<F>;
   const RnnBackwardKernel<F>& k = *static_cast<const RnnBackwardKernel<F>*>(ctx);
   const RnnBackward<F>& call = k.call;
@@ -104,8 +99,10 @@ static void rnn_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
         rnn_step_grad(V::load(dy + j, n) + V::load(dh + j, n), V::load(y + j, n), call.relu).store(dp + j, n);
       }
       const F* h_prev = state_before(q, s, b, q.h0, call.y, H);
-      if (h_prev) copy(h_prev, H, h);
-      else zero(h, H);
+      if (h_prev)
+        copy(h_prev, H, h);
+      else
+        zero(h, H);
     }
     outer_gemm<F>(rows, H, H, {k.dp + (t * q.B + b0) * H, H, 1}, q.w_hh, H, false, dh_prev.get(), H);
     for (int64_t b = b0; b < b1; ++b)
@@ -114,8 +111,7 @@ static void rnn_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
   }
 }
 
-template <class F>
-static void rnn_backward(const RnnBackward<F>& call) {
+template <class F> static void rnn_backward(const RnnBackward<F>& call) {
   const Sequence<F>& q = call.in;
   const int64_t rows = q.T * q.B, H = q.H;
   const Scratch<F> scratch(rows * 2 * H);

@@ -24,7 +24,8 @@ template <class F> static void zero(F* to, int64_t n) {
 // The state that step s of row b started from, for the backward pass: a row of `initial` or of `steps`, the outputs of
 // the forward pass (`width` elements a row), or null after a reset, when it was 0. Row b takes part in step s.
 template <class F>
-static const F* state_before(const Sequence<F>& q, int64_t s, int64_t b, const F* initial, const F* steps, int64_t width) {
+static const F* state_before(const Sequence<F>& q, int64_t s, int64_t b, const F* initial, const F* steps,
+                             int64_t width) {
   if (is_reset(q, time_of(q, s), b)) return nullptr;
   if (s == 0 || !takes_part(q, time_of(q, s - 1), b)) return initial + b * width;
   return steps + (time_of(q, s - 1) * q.B + b) * width;
@@ -47,7 +48,8 @@ template <class F> static int64_t steps_per_chunk(const Sequence<F>& q, int64_t 
 
 // out[(s - s0) * rows + b - b0] (GH,) = x w_ih^T + bias for the steps s0 .. s1 and the rows b0 .. b1.
 template <class F>
-static void input_product(const Sequence<F>& q, int64_t GH, int64_t s0, int64_t s1, int64_t b0, int64_t b1, const F* bias, F* out) {
+static void input_product(const Sequence<F>& q, int64_t GH, int64_t s0, int64_t s1, int64_t b0, int64_t b1,
+                          const F* bias, F* out) {
   const int64_t rows = b1 - b0, step = q.B * q.I;
   const F* first = q.x + time_of(q, s0) * step + b0 * q.I;
   const Rows<const F> x{first, q.I, rows, q.reverse ? -step : step};
@@ -62,8 +64,7 @@ template <class F> static const F* sum_of_biases(const Sequence<F>& q, int64_t n
 }
 
 // d (M, N) = g (M, K) w, w (K, N) dense, over all the threads of the pool: rows are split.
-template <class F>
-struct RowProduct {
+template <class F> struct RowProduct {
   int64_t N, K;
   const F* g;
   int64_t ldg;
@@ -81,8 +82,7 @@ template <class F> static void row_product(const Pool& pool, int64_t M, const Ro
 
 // dw (M, N) = g^T a over K rows: g (K, M) with row stride ldg, a (K, N) dense; db (M,) = the column sums of g, or null.
 // Rows of dw are split over the threads of the pool; every element sums all of K in one order.
-template <class F>
-struct WeightGrad {
+template <class F> struct WeightGrad {
   int64_t N, K;
   const F* g;
   int64_t ldg;

@@ -24,8 +24,7 @@ enum class Isa { portable, avx2, avx512 };
 Isa current_isa();
 
 // A kernel's scratch: n uninitialised elements of F on cache lines of their own, freed at the end of the scope.
-template <class F>
-class Scratch {
+template <class F> class Scratch {
  public:
   explicit Scratch(int64_t n) {
     if (n <= 0) return;

@@ -18,8 +18,7 @@ template <> struct RawOf<double> {
   typedef int64_t Bits __attribute__((vector_size(FR_VEC_BYTES)));
 };
 
-template <class F>
-struct Vec {
+template <class F> struct Vec {
   static constexpr int width = FR_VEC_BYTES / sizeof(F);
   using Raw = typename RawOf<F>::Raw;
   using RawBits = typename RawOf<F>::Bits;
@@ -42,13 +41,17 @@ struct Vec {
   // All of the vector when n >= width, which is the usual case in a loop over a row.
   static FR_INLINE Vec load(const F* p, int64_t n) { return n >= width ? load(p) : load_first(p, n); }
   FR_INLINE void store(F* p, int64_t n) const {
-    if (n >= width) store(p);
-    else store_first(p, n);
+    if (n >= width)
+      store(p);
+    else
+      store_first(p, n);
   }
 };
 
 template <class R> struct ScalarOf;
-template <class F> struct ScalarOf<Vec<F>> { using type = F; };
+template <class F> struct ScalarOf<Vec<F>> {
+  using type = F;
+};
 
 template <class F> FR_INLINE Vec<F> operator+(Vec<F> a, Vec<F> b) { return Vec<F>(a.v + b.v); }
 template <class F> FR_INLINE Vec<F> operator-(Vec<F> a, Vec<F> b) { return Vec<F>(a.v - b.v); }
@@ -131,9 +134,7 @@ template <int W> struct LowHalves {  // a's low half, b's low half; Up: their hi
   template <int Up> static constexpr int at(int i) { return (i < W / 2 ? i : W / 2 + i) + Up * (W / 2); }
 };
 template <int W> struct LowQuarters {  // the lower half of each half of a, then of b; Up: the upper halves
-  template <int Up> static constexpr int at(int i) {
-    return i / (W / 4) * (W / 2) + i % (W / 4) + Up * (W / 4);
-  }
+  template <int Up> static constexpr int at(int i) { return i / (W / 4) * (W / 2) + i % (W / 4) + Up * (W / 4); }
 };
 template <int Distance> struct Neighbour {
   template <int> static constexpr int at(int i) { return i ^ Distance; }
@@ -152,7 +153,9 @@ template <class Pick, class F> FR_INLINE Vec<F> fold(Vec<F> a, Vec<F> b) {
 }
 
 // The sums over the lanes of four vectors, each by the same tree: halves, quarters, then neighbours.
-template <class F> struct Four { F s[4]; };
+template <class F> struct Four {
+  F s[4];
+};
 template <class F> FR_INLINE Four<F> lane_sums(Vec<F> a, Vec<F> b, Vec<F> c, Vec<F> d) {
   constexpr int W = Vec<F>::width;
   constexpr std::make_integer_sequence<int, W> lanes{};
