@@ -71,9 +71,15 @@ def _plain(args: Sequence) -> bool:
     )
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast region around this call; None outside one and on devices without autocast (meta)."""
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
 def _in_autocast(args: tuple) -> tuple:
-    device = args[0].device.type
-    return tuple(cast(args, torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else args
+    dtype = _autocast_dtype(args[0].device.type)
+    return args if dtype is None else tuple(cast(args, dtype))
 
 
 def _needs_grad(args: Sequence) -> bool:
@@ -127,8 +133,9 @@ def stack(
     if transform() != "torch.compile":
         time, batch = (len(batch_sizes), int(batch_sizes[0])) if batch_sizes is not None else x.shape[:2]
         needs_grad = _needs_grad((x, *states, *weights))
+        dtype = _autocast_dtype(x.device.type) or x.dtype
         call = Call(
-            cell, x.device.type, x.dtype, time, batch, x.shape[-1], states[-1].shape[-1], layers=num_layers,
+            cell, x.device.type, dtype, time, batch, x.shape[-1], states[-1].shape[-1], layers=num_layers,
             lengths=lengths is not None, reset=reset is not None, needs_grad=needs_grad,
             projection=len(weights) > states[0].shape[0] * (2 + 2 * bias), training=training,
             dropout=dropout > 0 and training, transform=transform(),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from oracle import assert_all_close
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import layers
+from oracle import assert_all_close
 
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")

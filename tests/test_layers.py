@@ -11,7 +11,7 @@ import torch
 from layer_cases import CELLS, LAYERS, assert_same, flat, make_state, pair
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from fastrnn import layers
 
@@ -44,7 +44,9 @@ def test_same_parameters_repr_and_attributes(name, kwargs):
     assert repr(ours) == repr(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for (mine, p), (other, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        assert mine == other and type(p) is nn.Parameter and torch.equal(p, q)
+        assert mine == other
+        assert type(p) is nn.Parameter
+        assert torch.equal(p, q)
     for key, value in vars(theirs).items():
         if not key.startswith("_"):
             assert getattr(ours, key) == value, key
@@ -55,16 +57,21 @@ def test_same_parameters_repr_and_attributes(name, kwargs):
             [tuple(w.shape) for w in layer] for layer in theirs.all_weights
         ]
         assert ours.flatten_parameters() is None
-        assert isinstance(ours, nn.RNNBase) and not isinstance(ours, getattr(nn, name))
+        assert isinstance(ours, nn.RNNBase)
+        assert not isinstance(ours, getattr(nn, name))
     else:
         assert isinstance(ours, getattr(nn, name))
 
 
 def test_positional_arguments():
     lstm = layers.LSTM(3, 4, 2, False, True, 0.5, True, 2, "cpu", torch.float64)
-    assert repr(lstm) == repr(nn.LSTM(3, 4, 2, False, True, 0.5, True, 2)) and lstm.weight_ih_l0.dtype == torch.float64
+    assert repr(lstm) == repr(nn.LSTM(3, 4, 2, False, True, 0.5, True, 2))
+    assert lstm.weight_ih_l0.dtype == torch.float64
     rnn = layers.RNN(3, 4, 2, "relu", False, True, 0.5, True)
-    assert rnn.mode == "RNN_RELU" and rnn.nonlinearity == "relu" and rnn.batch_first and rnn.dropout == 0.5
+    assert rnn.mode == "RNN_RELU"
+    assert rnn.nonlinearity == "relu"
+    assert rnn.batch_first
+    assert rnn.dropout == 0.5
     assert repr(layers.GRU(3, 4, 2, False, True, 0.5, True)) == repr(nn.GRU(3, 4, 2, False, True, 0.5, True))
     assert repr(layers.RNNCell(3, 4, False, "relu")) == repr(nn.RNNCell(3, 4, False, "relu"))
 
@@ -79,9 +86,8 @@ def test_meta_device_skip_init_default_dtype_and_device_context(name):
         module = cls(3, 4)
     assert all(p.is_meta for p in [*module.parameters(), *cls(3, 4, device="meta").parameters()])
     out = module(torch.randn(5, 3, device="meta"))
-    assert all(t.is_meta for t in flat(out)) and [t.shape for t in flat(out)] == [
-        t.shape for t in flat(cls(3, 4)(torch.randn(5, 3)))
-    ]
+    assert all(t.is_meta for t in flat(out))
+    assert [t.shape for t in flat(out)] == [t.shape for t in flat(cls(3, 4)(torch.randn(5, 3)))]
     module = module.to_empty(device="cpu")
     module.load_state_dict(cls(3, 4).state_dict())
     assert all(torch.isfinite(t).all() for t in flat(module(torch.randn(5, 3))))
@@ -95,7 +101,7 @@ def test_meta_device_skip_init_default_dtype_and_device_context(name):
 def test_dropout_of_one_layer_warns_like_torch():
     texts = []
     for module in (nn, layers):
-        with pytest.warns(UserWarning) as caught:
+        with pytest.warns(UserWarning, match="dropout option adds") as caught:
             module.LSTM(3, 4, dropout=0.5)
         texts.append([str(w.message) for w in caught])
     assert texts[0] == texts[1]
@@ -239,11 +245,13 @@ def test_copies_and_pickles(name):
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)]
     copies.append(copy.copy(module))
     for clone in copies:
-        assert type(clone) is type(module) and repr(clone) == repr(module)
+        assert type(clone) is type(module)
+        assert repr(clone) == repr(module)
         assert all(torch.equal(a, b) for a, b in zip(flat(clone(x)), expected, strict=True))
     with torch.no_grad():
         next(copies[0].parameters()).zero_()
-    assert not torch.equal(flat(copies[0](x))[0], expected[0]) and torch.equal(flat(module(x))[0], expected[0])
+    assert not torch.equal(flat(copies[0](x))[0], expected[0])
+    assert torch.equal(flat(module(x))[0], expected[0])
 
 
 def test_setstate_of_old_pickles():
@@ -254,7 +262,8 @@ def test_setstate_of_old_pickles():
     old["_all_weights"] = [[None]]
     fresh = layers.LSTM.__new__(layers.LSTM)
     fresh.__setstate__(old)
-    assert fresh.proj_size == 0 and fresh._flat_weights_names == module._flat_weights_names
+    assert fresh.proj_size == 0
+    assert fresh._flat_weights_names == module._flat_weights_names
     x = torch.randn(5, 2, 3)
     assert torch.equal(fresh(x)[0], module(x)[0])
 
@@ -277,7 +286,7 @@ def test_apply_replicate_and_parameter_vectors(name):
     assert module.to("meta").weight_ih_l0.is_meta
 
 
-# --- weights that change ------------------------------------------------------------------------------------------------
+# --- weights that change --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -345,7 +354,8 @@ def test_shared_and_tied_weights():
     ours = model[0].weight_hh_l0.grad.clone()
     model.zero_grad()
     torch.manual_seed(0)
-    assert twins[1].weight_hh_l0 is twins[0].weight_hh_l0 and ours.abs().sum() > 0
+    assert twins[1].weight_hh_l0 is twins[0].weight_hh_l0
+    assert ours.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -359,7 +369,8 @@ def test_hooks(name):
     ]
     x = torch.randn(5, 2, 3, requires_grad=True)
     flat(module(x, reset=torch.zeros(5, 2, dtype=torch.bool)))[0].sum().backward()
-    assert seen[:2] == ["pre", ["reset"]] and sorted(map(str, seen[2:])) == ["backward", "weight"]
+    assert seen[:2] == ["pre", ["reset"]]
+    assert sorted(map(str, seen[2:])) == ["backward", "weight"]
     for handle in handles:
         handle.remove()
 
