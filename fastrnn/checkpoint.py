@@ -84,23 +84,38 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
     Raises:
         CheckpointError: there is no such file, or it is truncated, or it is not a training checkpoint of fastrnn.
     """
+    with _opened(path) as file:
+        state = _checked_state(path, file.metadata() or {})
+        return {name: file.get_tensor(name) for name in list(file.keys())}, state
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON part of a checkpoint, without its tensors; errors as in `load_checkpoint`."""
+    with _opened(path) as file:
+        return _checked_state(path, file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}: train into that folder first, or drop --resume")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{path} is a safetensors file but not a training checkpoint: its format is "
-                    f"{metadata.get('format')!r}, needed is {FORMAT!r}"
-                )
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            return tensors, json.loads(metadata["state"])
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as problem:
+            yield file
+    except (SafetensorError, OSError) as problem:
         raise CheckpointError(
             f"{path} is no whole checkpoint (truncated, damaged or from another program): {problem}. "
             "Restore it from a copy, or train anew into another folder."
         ) from problem
+
+
+def _checked_state(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, Any]:
+    if metadata.get("format") != FORMAT or "state" not in metadata:
+        raise CheckpointError(
+            f"{path} is a safetensors file but not a training checkpoint: its format is "
+            f"{metadata.get('format')!r}, needed is {FORMAT!r}"
+        )
+    return json.loads(metadata["state"])
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-BATCHING = ("stream", "windows", "random", "document")
+BATCHING = ("stream", "windows", "random", "document", "lines")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "step", "plateau")
 REDUCTIONS = ("mean", "sum")
@@ -56,6 +56,9 @@ class TrainConfig:
     batching: str = _option("stream", "how text becomes batches", choices=BATCHING)
     batch_size: int = _option(32, "rows in a batch")
     seq_len: int = _option(64, "steps in a row between two weight updates (or the window's length)")
+    stride: int = _option(1, "windows: tokens between the starts of two windows")
+    batches_per_epoch: int = _option(100, "random: batches that are called an epoch")
+    max_rows: int | None = _option(None, "document: cut batches of more windows than this")
     valid_fraction: float = _option(0.05, "share of the corpus held out for validation; 0 = none")
     optimizer: str = _option("adam", "weight update rule", choices=OPTIMIZERS)
     lr: float = _option(3e-3, "highest learning rate")
@@ -76,13 +79,13 @@ class TrainConfig:
     max_epochs: int | None = _option(None, "stop after this many passes over the data", limit=True)
     max_time: float | None = _option(None, "stop after this much training time, e.g. 60s, 10m, 1h30m", limit=True)
     eval_every: int = _option(200, "steps between two validations; 0 = only at the end")
-    eval_batches: int | None = _option(None, "validate on at most this many batches")
+    eval_batches: int = _option(50, "validate on at most this many batches; 0 = on all")
     patience: int | None = _option(None, "stop early after this many validations without progress", limit=True)
     log_every: int = _option(20, "steps between two lines of metrics", limit=True)
     save_every: int = _option(500, "steps between two checkpoints; 0 = only at the end", limit=True)
     sample_every: int = _option(0, "steps between two samples of text; 0 = none", limit=True)
     sample_tokens: int = _option(120, "tokens of one sample", limit=True)
-    sample_prompt: str = _option("\n", "text that a sample continues", limit=True)
+    sample_prompt: str | None = _option(None, "text that a sample continues (default: a new line)", limit=True)
     sample_temperature: float = _option(0.8, "temperature of the samples", limit=True)
 
     def __post_init__(self) -> None:
@@ -94,9 +97,9 @@ class TrainConfig:
         if self.max_time is not None:
             object.__setattr__(self, "max_time", parse_duration(self.max_time))
         for names, low in (
-            (("batch_size", "seq_len", "decay_every", "decay_patience", "log_every", "sample_tokens"), 1),
-            (("max_steps", "max_epochs", "eval_batches", "patience"), 1),
-            (("warmup_steps", "eval_every", "save_every", "sample_every"), 0),
+            (("batch_size", "seq_len", "decay_every", "decay_patience", "log_every", "sample_tokens", "stride"), 1),
+            (("max_steps", "max_epochs", "patience", "batches_per_epoch", "max_rows"), 1),
+            (("warmup_steps", "eval_every", "save_every", "sample_every", "eval_batches"), 0),
         ):
             for name in names:
                 self._check(name, isinstance(getattr(self, name), (int, type(None))), "a whole number")

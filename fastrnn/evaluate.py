@@ -16,7 +16,10 @@ class TrainingError(RuntimeError):
 
 
 class Batches(Protocol):
-    """What training needs of its data, as `fastrnn.data` makes it: one iteration is (the rest of) one epoch."""
+    """What training needs of its data, as `fastrnn.data` makes it: one iteration is the rest of one epoch."""
+
+    epoch: int
+    position: int
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
@@ -39,15 +42,16 @@ def token_losses(logits: Tensor, targets: Tensor, weight: Tensor | None = None) 
 
 
 def evaluate(
-    model: torch.nn.Module, batches: Batches, *, limit: int | None = None, reduction: str = "mean",
+    model: torch.nn.Module, batches: Batches, *, limit: int = 0, reduction: str = "mean",
     chars_per_token: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The loss of ``model`` on ``batches``, in eval mode, from the beginning and without touching any random state.
+    """The loss of ``model`` on the first ``limit`` ``batches`` (0 = all), in eval mode, without touching random states.
 
     Returns:
         ``loss`` (in ``reduction``: nats per token, or the sum of nats), ``nll`` (nats per token), ``perplexity``,
         ``bits_per_token``, ``tokens``, and ``bits_per_char`` where ``chars_per_token`` is known.
     """
+    batches.epoch = batches.position = 0
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -55,7 +59,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):
-                if limit is not None and index >= limit:
+                if limit and index >= limit:
                     break
                 logits, state = run_batch(model, batch, state if batch.carry else None, device)
                 loss, weight = token_losses(logits, batch.targets.to(device), to_device(batch.weight, device))

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import CheckpointError
 from .config import TrainConfig
@@ -35,7 +36,7 @@ def train(
     resume: bool = False,
     on_event: Callable[[Event], object] | None = None,
     chars_per_token: float | None = None,
-    fingerprint: str = "",
+    extra: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place; with ``valid`` it ends with the best weights, otherwise with the last.
 
@@ -48,7 +49,7 @@ def train(
         on_event: called with each record of metrics.jsonl (``event``: "train", "valid", "sample"); a true answer stops
             the run after that step, with a checkpoint.
         chars_per_token: characters of text per token of ``valid``, for bits per character.
-        fingerprint: identifies the data; a resumed run must have the same.
+        extra: JSON-able values to keep in the checkpoint, such as where the data came from (see `read_state`).
 
     In the main thread SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one kills.
 
@@ -62,7 +63,7 @@ def train(
     if config.patience is not None and valid is None:
         raise ValueError("patience counts validations, and there is no validation data: set valid_fraction above 0")
     folder = Path(out) if out is not None else None
-    run = Run(model, batches, config, valid, folder, on_event, chars_per_token, fingerprint)
+    run = Run(model, batches, config, valid, folder, on_event, chars_per_token, extra or {})
     with _signals(run):
         if resume:
             run.load()

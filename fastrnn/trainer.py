@@ -1,8 +1,8 @@
 """The training loop: one `Run`, from its first update to its last, whatever interrupts it.
 
-A run owns what it is made of besides the weights: optimizer moments, the place in the data, the carried recurrent state,
-the random generators of dropout, the best weights so far, the sums not yet logged. All of it is in the checkpoint, so a
-run that was stopped at any step and resumed gives the weights and metrics of the run that was not.
+A run owns what it is made of besides the weights: optimizer moments, the place in the data, the carried state, the
+random generators of dropout, the best weights so far, the sums not yet logged. All of it is in the checkpoint, so a run
+that was stopped at any step and resumed gives the weights and metrics of the run that was not.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Run:
 
     def __init__(
         self, model: LanguageModel, batches: Batches, config: TrainConfig, valid: Batches | None, out: Path | None,
-        on_event: Callable[[Event], object] | None, chars_per_token: float | None, fingerprint: str,
+        on_event: Callable[[Event], object] | None, chars_per_token: float | None, extra: dict[str, Any],
     ) -> None:  # fmt: skip
         self.model, self.batches, self.config, self.valid, self.out = model, batches, config, valid, out
-        self.on_event, self.chars_per_token, self.fingerprint = on_event, chars_per_token, fingerprint
+        self.on_event, self.chars_per_token, self.extra = on_event, chars_per_token, extra
         self.optimizer = make_optimizer(model, config)
         self.device = next(model.parameters()).device
         self.signal: int | None = None
@@ -284,7 +284,7 @@ class Run:
         state = {name: getattr(self, name) for name in _SAVED}
         save_checkpoint(self.out / CHECKPOINT, tensors, {
             **state, "config": self.config.to_dict(), "network": self.model.config.to_dict(), "optimizer": numbers,
-            "data": self.batches.state_dict(), "fingerprint": self.fingerprint,
+            "data": self.batches.state_dict(), "extra": self.extra,
         })  # fmt: skip
         if self.best is None:
             self._save_model()
@@ -299,12 +299,11 @@ class Run:
                 f"{self.out} holds another network: {state['network']}; this one is {self.model.config.to_dict()}"
             )
         self.config.resumed_from(TrainConfig.from_dict(state["config"]))
-        if state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(f"{self.out} was trained on other data (the text, its split or its tokens changed)")
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             group, _, name = key.partition(".")
             groups.setdefault(group, {})[name] = tensor.to(self.device)
+        self.batches.load_state_dict(state["data"])
         self._load_weights(groups["model"])
         self.best_weights = groups.get("best", {})
         carried = tuple(groups.get("carried", {}).values())
@@ -312,7 +311,6 @@ class Run:
         self.sums, self.grad_norm = groups["sums"][""], groups["grad_norm"][""]
         for name in _SAVED:
             setattr(self, name, state[name])
-        self.batches.load_state_dict(state["data"])
         self.at_epoch_end = True
         restore_optimizer(self.optimizer, tensors, state["optimizer"])
         restore_random_states(tensors, self.device)
