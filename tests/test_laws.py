@@ -1,0 +1,232 @@
+"""Keeps the house as it is drawn: who may import whom, where files live, how long they may be, what an import costs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Modules of fastrnn/, lowest row first. A module imports only from rows below its own.
+# NUMBERS knows tensors and token ids; TEXT knows strings; neither imports the other. COMMANDS stands on both.
+NUMBERS = (
+    ("reference", "reference_sample"),
+    ("backends", "aten"),
+    ("library",),
+    ("ops",),
+    ("cells", "sampling"),
+    ("layers",),
+    ("network",),
+    ("generate",),
+)
+TEXT = (
+    ("textstream", "shuffle", "news"),
+    ("textkinds", "corpora"),
+    ("tokenizer", "batching"),
+    ("text", "streams", "windows"),
+    ("data",),
+)
+COMMANDS = (
+    ("models",),
+    ("train", "info"),
+    ("demo",),
+    ("__main__",),
+)
+
+# What the root of the repository may hold.
+TOP_LEVEL = set(
+    ".ci .clang-format .gitignore bench CHANGELOG.md constraints.txt CONTRIBUTING.md csrc fastrnn kernels LICENSE "
+    "Makefile MANIFEST.in pyproject.toml README.md recipes setup.py tests".split()
+)
+
+FILE_LINES = 400
+FUNCTION_LINES = {".py": 60, "c++": 100}
+CODE = {".py", ".c", ".cpp", ".h", ".cu", ".cuh", ".inc"}
+
+# Seconds of processor time that fastrnn itself may take to import once torch is there. Measured: 0.01.
+IMPORT_SECONDS = 0.5
+
+
+def tracked() -> list[Path]:
+    """The files under version control or about to be; skips where this is no git checkout."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout:
+        pytest.skip("needs a git checkout: an unpacked sdist cannot tell its own files from others")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def own_imports(path: Path) -> set[str]:
+    """Names of the fastrnn modules that a file of fastrnn/ imports, anywhere in it, functions included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastrnn.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".")
+            if node.level == 0 and module[0] != "fastrnn":
+                continue
+            below = module if node.level else module[1:]
+            found |= {below[0]} if below and below[0] else {alias.name for alias in node.names}
+    return found
+
+
+MODULES = sorted(path.stem for path in (ROOT / "fastrnn").glob("*.py") if path.stem != "__init__")
+
+
+def rank(name: str) -> tuple[str, int]:
+    """The column and row of a module; KeyError when the picture does not have it."""
+    for column, rows in (("NUMBERS", NUMBERS), ("TEXT", TEXT), ("COMMANDS", COMMANDS)):
+        for height, row in enumerate(rows):
+            if name in row:
+                return column, height
+    raise KeyError(name)
+
+
+def test_every_module_has_one_place_in_the_picture() -> None:
+    placed = [name for rows in (NUMBERS, TEXT, COMMANDS) for row in rows for name in row]
+    assert sorted(placed) == MODULES, "fastrnn/ and the picture at the top of this file differ"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_upward(name: str) -> None:
+    column, height = rank(name)
+    for other in own_imports(ROOT / "fastrnn" / f"{name}.py") & set(MODULES):
+        other_column, other_height = rank(other)
+        below = other_height < height if other_column == column else column == "COMMANDS"
+        assert below, f"{name} ({column} row {height}) imports {other} ({other_column} row {other_height})"
+
+
+def test_only_the_table_of_backends_loads_the_extension() -> None:
+    naming = {
+        path.stem
+        for path in (ROOT / "fastrnn").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == "fastrnn._C"
+    } | {path.stem for path in (ROOT / "fastrnn").glob("*.py") if "_C" in own_imports(path)}
+    assert naming == {"backends"}
+
+
+def test_the_root_holds_only_what_it_may() -> None:
+    found = {path.relative_to(ROOT).parts[0] for path in tracked()}
+    assert found <= TOP_LEVEL, f"not in the list: {sorted(found - TOP_LEVEL)}"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_name_a_cell_and_you_know_its_files(cell: str) -> None:
+    defined = {
+        node.name
+        for node in ast.parse((ROOT / "fastrnn" / "reference.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {f"{cell}_forward", f"{cell}_backward"} <= defined
+    assert (ROOT / "csrc" / "cpu" / f"{cell}.cpp").is_file()
+    for tests in ("test_reference.py", "test_ops.py", "test_cpu_cells.py"):
+        assert re.search(rf"\b{cell}\b", (ROOT / "tests" / tests).read_text(encoding="utf-8")), f"{tests} omits {cell}"
+
+
+def test_only_the_bindings_see_torch_and_only_the_module_sees_python() -> None:
+    torch_header = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
+    python_header = re.compile(r"#\s*include\s*[<\"]Python\.h")
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in CODE]
+    assert len(sources) > 5
+    assert {p.name for p in sources if torch_header.search(p.read_text(encoding="utf-8"))} == {"bindings.cpp"}
+    assert {p.name for p in sources if python_header.search(p.read_text(encoding="utf-8"))} == {"pyinit.c"}
+
+
+def code_files() -> list[Path]:
+    return [path for path in tracked() if path.suffix in CODE]
+
+
+def functions(path: Path) -> list[tuple[str, int]]:
+    """(name, lines) of every function of a file. In C++, of every block that opens and closes at the left margin, which
+    is where clang-format puts functions; namespaces close with a comment and so do not count."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+        return [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in nodes]
+    found, start = [], None
+    for number, line in enumerate(text.splitlines()):
+        if line.endswith("{") and not line.startswith((" ", "}", "namespace", 'extern "C" {', "/")):
+            start = number
+        elif line in ("}", "};") and start is not None:
+            found.append((text.splitlines()[start], number - start + 1))
+            start = None
+    return found
+
+
+def test_files_stay_short_enough_to_read() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in code_files() if (n := len(p.read_text().splitlines())) > FILE_LINES}
+    assert not long, f"more than {FILE_LINES} lines: split along an idea, {long}"
+
+
+def test_functions_stay_short_enough_to_read() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}: {name}: {lines} lines"
+        for path in code_files()
+        for name, lines in functions(path)
+        if lines > FUNCTION_LINES[".py" if path.suffix == ".py" else "c++"]
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_no_file_names_a_machine() -> None:
+    """Paths of one machine and names of package indexes stay out of the repository. Spelt so as not to find itself."""
+    words = [r"/wor[k]/", r"/roo[t]/", r"/hom[e]/\w", r"/opt/whee[l]", r"/tm[p]/\w", r"pypi\.or[g]", r"pythonhoste[d]"]
+    pattern = re.compile("|".join(words))
+    hits = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in tracked()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not hits, "\n".join(hits)
+
+
+def test_import_is_cheap_and_touches_neither_compiler_nor_extension() -> None:
+    heavy = ["triton", "fastrnn._C", "fastrnn.kernels", "torch._inductor", "tokenizers", "safetensors", "matplotlib"]
+    code = f"""
+import sys, time, torch
+before, start = set(sys.modules), time.process_time()
+import fastrnn
+print(time.process_time() - start)
+print(*sorted(set({heavy}) & (set(sys.modules) - before)))
+"""
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "an import warns about nothing"
+    seconds, extra = done.stdout.splitlines()
+    assert extra == "", f"import fastrnn imports {extra}"
+    assert float(seconds) < IMPORT_SECONDS
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("train",), ("generate",), ("score",), ("info",)])
+def test_help_does_not_wait_for_torch(command: tuple[str, ...]) -> None:
+    done = run_python("-X", "importtime", "-m", "fastrnn", *command, "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "usage: fastrnn" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "triton", "tokenizers", "safetensors"}
+
+
+def test_every_public_name_resolves() -> None:
+    code = "import fastrnn; print(*[n for n in fastrnn.__all__ if getattr(fastrnn, n, None) is None])"
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_the_bare_name_kernels_is_refused() -> None:
+    done = run_python("-c", "import kernels")
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr
+    assert "fastrnn.kernels" in done.stderr
