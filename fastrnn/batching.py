@@ -17,8 +17,8 @@ from .corpora import CorpusError
 class Batch:
     """inputs (B,T) int64; targets int64, (B,T) = inputs one step on, or (B,) = the token after each row; reset (B,T)
     bool or None: True zeroes the state before that step; weight (B,T) float32 or None = all 1: 0 where a target is
-    padding; carry: row b goes on where row b of the batch before ended, so the state is kept; the first batch of an epoch
-    starts from zero all the same."""
+    padding; carry: row b goes on where row b of the batch before ended, so the state is kept; the first batch of an
+    epoch starts from zero all the same."""
 
     inputs: torch.Tensor
     targets: torch.Tensor

@@ -151,9 +151,10 @@ def _checked_vocabulary(
             raise TokenizerError(
                 f"{special!r} is an ordinary piece of this vocabulary; a special needs text of its own, such as '<eos>'"
             )
+    words = word_split()
     for piece in vocab:
         check_text(piece)
-        bad_word = kind == "word" and piece != "\n" and piece.split() != [piece]
+        bad_word = kind == "word" and [word for word, _ in words.pre_tokenize_str(piece)] != [piece]
         if piece not in specials and (not piece or bad_word or (kind in ("char", "byte") and len(piece) != 1)):
             raise TokenizerError(
                 f"{piece!r} cannot be a piece of a {kind} tokenizer; leave it out, name it in specials, "

@@ -126,7 +126,10 @@ class Tokenizer:
         check_text(text)
         if self.kind == "other":
             return self._encode_other(text, unk)
-        ids = np.concatenate([self._encode_part(part, special) for _, part, special in self._parts(text)])
+        if self._added is not None and self._added.search(text):
+            ids = np.concatenate([self._encode_part(part, special) for _, part, special in self._parts(text)])
+        else:
+            ids = self._encode_part(text, False)
         if (ids >= 0).all():
             return ids
         if unk == "error":
