@@ -50,13 +50,16 @@ def cast(value, dtype: torch.dtype):
 
 
 def outcome(module: nn.Module, input, hx, dtype: torch.dtype, **kwargs) -> list[Tensor]:
-    """Every output and state of one call, then the gradients of input, hx and parameters for a fixed random loss."""
+    """Every output and state of one call, then the gradients of input, hx and parameters for a fixed random loss.
+
+    What the loss does not depend on, like the initial state of a row that is reset, has a gradient of zero.
+    """
     module, input, hx = module.to(dtype), cast(input, dtype), cast(hx, dtype)
     outputs = flat(module(input, hx, **kwargs))
     generator = torch.Generator().manual_seed(7)
     loss = sum((out * torch.randn(out.shape, generator=generator).to(dtype)).sum() for out in outputs)
     wanted = [*flat(input), *flat(hx), *module.parameters()]
-    return [*outputs, *torch.autograd.grad(loss, wanted)]
+    return [*outputs, *torch.autograd.grad(loss, wanted, materialize_grads=True)]
 
 
 def assert_same(theirs: nn.Module, ours: nn.Module, input, hx=None, dtype=torch.float64, **kwargs) -> None:
