@@ -54,7 +54,7 @@ def _signed(number: int) -> int:
 class Engine:
     """Runs requests, at most ``batch_rows`` at once; a finished row's place is taken by the next request at once.
 
-    Each `step` draws one token for every running row and returns the (row's index, token) pairs; `completions` collects
+    Each `step` draws one token for every running row and returns the (index, token) pairs; `take_completions` gives
     what has finished since it was last emptied. `stop` ends a row between two steps.
     """
 
@@ -65,6 +65,7 @@ class Engine:
         self.windowed = network.config.state == "window"
         self.batch_rows = batch_rows or BATCH_ROWS
         self.pending = enumerate(requests)
+        self.exhausted = False  # no request is pending
         self.rows: list[_Row] = []
         self.completions: list[Completion] = []
         self.drawn: Tensor | None = None  # (n,) tokens of the last step, on the device
@@ -75,10 +76,22 @@ class Engine:
         self.seen: Tensor | None = None  # (n, V) bool, while some row has a repetition_penalty
 
     def stop(self, index: int) -> None:
-        """End the row of request ``index`` with finish_reason ``stop``; nothing if it has already ended."""
+        """End the row of request ``index`` with finish_reason ``stop``; nothing if it has failed or drawn an eos."""
         for row in self.rows:
-            if row.completion.index == index and row.live:
+            if row.completion.index == index and row.completion.finish_reason in ("", "length"):
                 row.completion.finish_reason = "stop"
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is running or may be pending."""
+        return bool(self.rows) or not self.exhausted
+
+    @torch.inference_mode()
+    def take_completions(self) -> list[Completion]:
+        """What has finished since the last call, in the order in which it finished; their rows are free now."""
+        self._drop_finished()
+        done, self.completions = self.completions, []
+        return done
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
@@ -122,6 +135,7 @@ class Engine:
         while len(self.rows) + len(new) < self.batch_rows:
             index, request = next(self.pending, (-1, None))
             if request is None:
+                self.exhausted = True
                 break
             row = _Row(index, request, check_request(request, self.network))
             if request.max_new_tokens == 0:
@@ -243,16 +257,13 @@ def generate(
     left alone.
     """
     engine = Engine(network, requests, batch_size)
-    more = True
-    while more:
+    while engine.busy:
         events = engine.step()
-        more = bool(engine.rows)
         if on_token is not None:
             for index, token in events:
                 if on_token(index, token):
                     engine.stop(index)
-        done, engine.completions = engine.completions, []
-        yield from done
+        yield from engine.take_completions()
 
 
 @torch.no_grad()
