@@ -234,4 +234,4 @@ def _previous(y: Tensor, first: Tensor, lengths: Tensor | None, reset: Tensor | 
 
 def _outer_sum(left: Tensor, right: Tensor) -> Tensor:
     """Sum of the outer products over time and batch: ``(T,B,M), (T,B,N) -> (M,N)``, as one matrix product."""
-    return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+    return left.flatten(0, 1).t() @ right.flatten(0, 1)
