@@ -153,7 +153,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 discourages repeats"
     )
-    sampling.add_argument("--n", type=int, default=1, metavar="N", help="results per prompt (%(default)s)")
+    sampling.add_argument("-n", "--n", type=int, default=1, metavar="N", help="results per prompt (%(default)s)")
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (%(default)s)")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument(

@@ -72,8 +72,6 @@ def _fresh(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Any, Any
     import torch
 
     from .data import load_corpus
-    from .models import LanguageModel
-    from .network import NetworkConfig
     from .prepare import default_batching, prepare
     from .train import CHECKPOINT
 
@@ -92,16 +90,13 @@ def _fresh(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Any, Any
     tokenizer = {name: given[name] for name in TOKENIZER if name in given and name != "tokens"}
     prepared = prepare(corpus, config, kind=given.get("tokens", "char"), head=network.get("head", "all"), **tokenizer)
     torch.manual_seed(config.seed)
-    model = LanguageModel(NetworkConfig(prepared.tokenizer.vocab_size, **network), prepared.tokenizer)
-    return model, prepared, config, {"source": options.file, **corpus_options}
+    return prepared.model(**network), prepared, config, {"source": options.file, **corpus_options}
 
 
 def _resumed(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Any, Any, TrainConfig, dict[str, Any]]:
     """The network and data of the checkpoint; options given now must be the same, limits apart."""
     from .checkpoint import read_state
     from .data import load_corpus
-    from .models import LanguageModel
-    from .network import NetworkConfig
     from .prepare import prepare
     from .text import Tokenizer
     from .train import CHECKPOINT
@@ -122,7 +117,8 @@ def _resumed(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Any, A
     corpus = load_corpus(source, **extra)
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     prepared = prepare(corpus, config, tokenizer=tokenizer, head=network["head"])
-    return LanguageModel(NetworkConfig.from_dict(network), tokenizer), prepared, config, {"source": source, **extra}
+    del network["vocab_size"]
+    return prepared.model(**network), prepared, config, {"source": source, **extra}
 
 
 def _train(options: argparse.Namespace, model: Any, prepared: Any, config: TrainConfig, extra: dict[str, Any]) -> int:

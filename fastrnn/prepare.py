@@ -10,6 +10,8 @@ import numpy as np
 
 from .config import TrainConfig
 from .data import Batches, CorpusError, as_documents, batches, split
+from .models import LanguageModel
+from .network import NetworkConfig
 from .text import Tokenizer, build_tokenizer
 
 
@@ -21,12 +23,20 @@ class Prepared:
         valid: None where ``valid_fraction`` is 0.
         chars_per_token: of the validation text (else of the training text), a line's end counted as one character where
             the tokens have one; what bits per character needs.
+        start_token_id: the token before the first of each line, in batching "lines"; None elsewhere.
     """
 
     tokenizer: Tokenizer
     train: Batches
     valid: Batches | None
     chars_per_token: float
+    start_token_id: int | None = None
+
+    def model(self, **network: Any) -> LanguageModel:
+        """A new model for these tokens; ``network`` holds the other fields of `NetworkConfig`."""
+        model = LanguageModel(NetworkConfig(self.tokenizer.vocab_size, **network), self.tokenizer)
+        model.generation_config.start_token_id = self.start_token_id
+        return model
 
 
 def default_batching(corpus: str | Sequence[str]) -> str:
@@ -79,7 +89,10 @@ def prepare(
                 f"the validation part ({config.valid_fraction:g} of the corpus) is too small: {problem}; "
                 "or choose another valid_fraction (0 = none)"
             ) from problem
-    return Prepared(tokenizer, train, valid, _chars_per_token(parts[1] or parts[0], tokenizer, config))
+    start = None
+    if config.batching == "lines":
+        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return Prepared(tokenizer, train, valid, _chars_per_token(parts[1] or parts[0], tokenizer, config), start)
 
 
 def _batches(

@@ -65,6 +65,13 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
     return kind(weights, config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
 
 
+def default_prompt(model: LanguageModel) -> str:
+    """What a sample continues: nothing where the model has a start token, else a new line or the first known piece."""
+    if model.generation_config.start_token_id is not None or model.tokenizer is None:
+        return ""
+    return "\n" if model.tokenizer.id("\n") is not None else model.tokenizer.decode([0], skip_specials=False)
+
+
 class Run:
     """A training run in progress; every attribute set in `_start` is part of the checkpoint."""
 
@@ -76,9 +83,13 @@ class Run:
         self.on_event, self.chars_per_token, self.extra = on_event, chars_per_token, extra
         self.optimizer = make_optimizer(model, config)
         self.device = next(model.parameters()).device
+        self.prompt = default_prompt(model) if config.sample_prompt is None else config.sample_prompt
+        if config.sample_every:
+            model.encode(self.prompt)  # unknown characters are better known now than at the first sample
         self.signal: int | None = None
         self.stopped_by_callback = False
         self.log: MetricsLog | None = None
+        self.at_epoch_end, self.validated_at = False, -1
         self._start()
 
     def _start(self) -> None:
@@ -118,7 +129,7 @@ class Run:
         return self._finish(reason)
 
     def _resumed_at_epoch_end(self) -> bool:
-        at_end, self.at_epoch_end = getattr(self, "at_epoch_end", False), False
+        at_end, self.at_epoch_end = self.at_epoch_end, False
         return at_end
 
     def _update(self, batch: Any) -> None:
@@ -244,10 +255,10 @@ class Run:
     def _sample(self) -> None:
         config = self.config
         result = self.model.generate(
-            config.sample_prompt, max_new_tokens=config.sample_tokens, temperature=config.sample_temperature,
+            self.prompt, max_new_tokens=config.sample_tokens, temperature=config.sample_temperature,
             seed=config.seed,
         )  # fmt: skip
-        self._emit("sample", {"text": result.text, "prompt": config.sample_prompt})
+        self._emit("sample", {"text": result.text, "prompt": self.prompt})
 
     # --- checkpoints ---
 
