@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import aten, backends, reference
 from .backends import Call
-from .library import ARGUMENTS, GATES, cast, run, run_sample
+from .library import ARGUMENTS, GATES, cast, run_sample
 
 
 def lstm(
@@ -106,7 +106,7 @@ def _layer(cell: str, args: tuple) -> tuple[Tensor, ...]:
         return aten.layer(cell, a, needs_grad)
     if needs_grad or not _plain(args):
         return getattr(torch.ops.fastrnn, forward)(*args, *tail)
-    return run(forward, (*args, *tail))
+    return backends.function(backend, forward)(*args, *tail)
 
 
 def stack(

@@ -292,3 +292,20 @@ def test_double_backward_through_the_fused_rnn():
     assert torch.autograd.gradcheck(function, (x, w))
     assert torch.autograd.gradgradcheck(function, (x, w))
     assert "definition" in calls
+
+
+@pytest.mark.parametrize(
+    "change, few",
+    [
+        (dict(op="lstm", time=100, batch=2), True),
+        (dict(op="lstm", time=100, batch=16), False),
+        (dict(op="lstm", time=1, batch=16), True),
+        (dict(op="lstm", time=1, batch=16, needs_grad=True), False),
+        (dict(op="gru", time=100, batch=16, needs_grad=True), True),
+        (dict(op="gru", time=100, batch=64), False),
+        (dict(op="rnn", time=1, batch=4, needs_grad=True), False),
+    ],
+)
+def test_few_rows_prefer_the_kernels(change, few):
+    first = backends.preference(CALL._replace(**change))[0][0]
+    assert first == ("cpu" if few else "aten")
