@@ -28,6 +28,7 @@ class _Row:
     def __init__(self, index: int, request: Request, prompt: Tensor) -> None:
         self.request, self.prompt, self.state = request, prompt, request.state
         length = len(prompt) + (request.state.length if request.state else 0)
+        self.mode_of = request.sampling.mode_of
         self.completion = Completion(index, [], [] if request.logprobs else None, length)
 
     @property
@@ -66,6 +67,7 @@ class Engine:
         self.batch_rows = batch_rows or BATCH_ROWS
         self.pending = enumerate(requests)
         self.exhausted = False  # no request is pending
+        self.known_state: SequenceState | None = None  # the last one that was checked: requests often share it
         self.rows: list[_Row] = []
         self.completions: list[Completion] = []
         self.drawn: Tensor | None = None  # (n,) tokens of the last step, on the device
@@ -96,12 +98,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """Draw a token for every running row, after filling the free places; an empty list when all is done."""
-        self._drop_finished()
-        logits = [self._advance()] if self.rows else []
-        logits += self._admit()
-        if not self.rows:
-            return []
-        return self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
+        with self.inference.running():
+            self._drop_finished()
+            logits = [self._advance()] if self.rows else []
+            logits += self._admit()
+            if not self.rows:
+                return []
+            return self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def _drop_finished(self) -> None:
         """Report finished rows and close the gaps they leave."""
@@ -137,7 +140,8 @@ class Engine:
             if request is None:
                 self.exhausted = True
                 break
-            row = _Row(index, request, check_request(request, self.network))
+            row = _Row(index, request, check_request(request, self.network, self.known_state))
+            self.known_state = request.state
             if request.max_new_tokens == 0:
                 row.completion.finish_reason = "length"
                 self.completions.append(row.completion)
@@ -220,22 +224,27 @@ class Engine:
 
     def _sample(self, logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(token, logprob, status) of each row, one call for all rows that share mode_of. ``aten`` has no draw."""
-        modes = [row.request.sampling.mode_of for row in self.rows]
-        token = torch.empty(len(modes), dtype=torch.int64, device=logits.device)
-        logprob, status = torch.empty(len(modes), device=logits.device), token.to(torch.int32)
-        logits = logits.contiguous()
         with backends.backend(None if self.inference.backend == "aten" else backends.explicit()):
-            for mode in set(modes):
-                some = torch.tensor([r for r, m in enumerate(modes) if m == mode], device=logits.device)
-                numbers, reals = self.numbers[:, some], self.reals[:, some]
-                found = ops.sample(
-                    logits if len(some) == len(modes) else logits[some], reals[0], numbers[0], numbers[1], reals[1],
-                    None, numbers[2], numbers[3], numbers[4], mode, logprobs,
-                )  # fmt: skip
-                token[some], status[some] = found[0], found[4]
-                if logprobs:
-                    logprob[some] = found[1]
-        return token, logprob, status
+            modes = {row.mode_of for row in self.rows}
+            if len(modes) == 1:
+                return self._sample_rows(logits.contiguous(), self.numbers, self.reals, modes.pop(), logprobs)
+            parts, places = [], []
+            for mode in sorted(modes):
+                some = torch.tensor([r for r, row in enumerate(self.rows) if row.mode_of == mode], device=logits.device)
+                parts.append(
+                    self._sample_rows(logits[some], self.numbers[:, some], self.reals[:, some], mode, logprobs)
+                )
+                places.append(some)
+            back = torch.cat(places).argsort()
+            token, logprob, status = (torch.cat(part) for part in zip(*parts))
+            return token[back], logprob[back] if logprobs else logprob, status[back]
+
+    @staticmethod
+    def _sample_rows(logits: Tensor, numbers: Tensor, reals: Tensor, mode: int, logprobs: bool) -> tuple[Tensor, ...]:
+        top_k, top_p, seed, sequence, step = numbers.unbind()
+        scale, min_p, _ = reals.unbind()
+        found = ops.sample(logits, scale, top_k, top_p, min_p, None, seed, sequence, step, mode, logprobs)
+        return found[0], found[1], found[4]
 
 
 def _tail(prompt: Tensor, state: SequenceState | None, window: int) -> Tensor:
@@ -266,7 +275,6 @@ def generate(
         yield from engine.take_completions()
 
 
-@torch.no_grad()
 def prefill(
     network: Network,
     prompt: Sequence[int] | Tensor,
@@ -283,11 +291,12 @@ def prefill(
     length = len(prompt)
     if state is not None:
         seen, length = seen | state.seen, length + state.length
-    if config.state == "window":
-        tail = _tail(prompt, state, window or config.window).to(inference.device)
-        return SequenceState(inference.zero_state(1), inference.window_logits([tail])[0], tail, seen, length)
-    hidden = inference.zero_state(1) if state is None else state.hidden
-    if len(prompt):
-        hidden = inference.prefill([prompt], hidden)
-    logits = inference.logits(hidden)[0] if len(prompt) else state.logits
+    with inference.running():
+        if config.state == "window":
+            tail = _tail(prompt, state, window or config.window).to(inference.device)
+            return SequenceState(inference.zero_state(1), inference.window_logits([tail])[0], tail, seen, length)
+        hidden = inference.zero_state(1) if state is None else state.hidden
+        if len(prompt):
+            hidden = inference.prefill([prompt], hidden)
+        logits = inference.logits(hidden)[0] if len(prompt) else state.logits
     return SequenceState(hidden, logits, prompt[:0].to(inference.device), seen, length)

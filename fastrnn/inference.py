@@ -9,6 +9,7 @@ on (weights, ids).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from .network import Network, State
 
 BLOCK_ROWS = (256, 64, 16)  # the last is the base: the others are used where they give the base's bits
 CHUNK_STEPS = 1024  # longest piece of a prompt in one call
+# Below this many weights a step is microseconds of work, and waking a second thread costs more than it saves; on a busy
+# machine a thousand times more. It depends on the network alone: the number of threads may change a product's rounding.
+ONE_THREAD_WEIGHTS = 1 << 17
 ALONE_STEPS = 128  # from here on a piece fills the machine by itself and runs as one row
 TOKENS_AT_ONCE = 1 << 14  # bounds the memory of a prefill: rows x steps of one call
 
@@ -67,8 +71,7 @@ class Inference:
     """A network's weights as they are now, with `advance`, `logits` and `prefill` free of gradients and of the training
     flag.
 
-    Every method must run under ``torch.inference_mode()`` or ``torch.no_grad()``; ids are int64 on the network's
-    device.
+    Methods are called within `running`; ids are int64 on the network's device.
     """
 
     def __init__(self, network: Network) -> None:
@@ -80,10 +83,25 @@ class Inference:
         self.device, self.dtype = self.head.weight.device, self.head.weight.dtype
         self.zero_state = network.zero_state
         self.backend = self._choose_backend()
+        weights = sum(weight.numel() for weight in (*self.weights, self.head.weight)) - self.weights[0].numel()
+        self.threads = 1 if weights < ONE_THREAD_WEIGHTS else torch.get_num_threads()
         self.shape = (
             self.config.cell, self.table.shape[1], self.config.hidden_size, self.config.num_layers,
-            self.dtype, str(self.device), torch.get_num_threads(),
+            self.dtype, str(self.device), self.threads,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """No gradients, and one thread where the network is small; every other method is called within."""
+        before = torch.get_num_threads()
+        if self.threads != before:
+            torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if self.threads != before:
+                torch.set_num_threads(before)
 
     def _choose_backend(self) -> str:
         """The explicit backend, or the first of cpu, aten, reference that takes this network: one for all shapes."""

@@ -16,7 +16,6 @@ CHUNK_STEPS = 256
 LOGITS_AT_ONCE = 1 << 24  # elements
 
 
-@torch.no_grad()
 def log_likelihoods(network: Network, sequences: Sequence[Tensor]) -> list[Tensor]:
     """For each sequence, 1-D int64 ids of length T, the natural logs (T - 1,) float32 of P(ids[t] | ids[:t]), t = 1 ..
     T-1.
@@ -25,15 +24,16 @@ def log_likelihoods(network: Network, sequences: Sequence[Tensor]) -> list[Tenso
     Sequences of any lengths share calls; memory is bounded whatever the lengths. The training flag does not matter.
     """
     inference = Inference(network)
-    if network.config.state == "window":
-        return [_windowed(inference, ids) for ids in sequences]
-    result: list[Tensor] = [torch.empty(0)] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda r: -len(sequences[r]))
-    for at in range(0, len(order), GROUP_ROWS):
-        group = order[at : at + GROUP_ROWS]
-        for r, values in zip(group, _group(inference, [sequences[r] for r in group])):
-            result[r] = values
-    return result
+    with inference.running():
+        if network.config.state == "window":
+            return [_windowed(inference, ids) for ids in sequences]
+        result: list[Tensor] = [torch.empty(0)] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda r: -len(sequences[r]))
+        for at in range(0, len(order), GROUP_ROWS):
+            group = order[at : at + GROUP_ROWS]
+            for r, values in zip(group, _group(inference, [sequences[r] for r in group])):
+                result[r] = values
+        return result
 
 
 def _group(inference: Inference, sequences: list[Tensor]) -> list[Tensor]:

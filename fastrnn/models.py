@@ -148,12 +148,12 @@ class LanguageModel(Network):
                 index, request = completion.index, outputs[completion.index].request
                 reader = readers.pop(index, None)
                 if reader is None:
-                    reader = self._reader(request, stops)
-                    for token in completion.token_ids:
-                        reader.push(token)
-                if (piece := reader.finish()) and streamer is not None:
-                    streamer(index, piece)
-                results[index] = generation(request, completion, reader.text, logprobs, nll)
+                    text = self._decode(completion.token_ids, request.eos)
+                else:
+                    if (piece := reader.finish()) and streamer is not None:
+                        streamer(index, piece)
+                    text = reader.text
+                results[index] = generation(request, completion, text, logprobs, nll)
         return results
 
     def stream(self, prompt: Prompt = "", **options: Any) -> Iterator[str]:
@@ -187,6 +187,12 @@ class LanguageModel(Network):
                     yield piece
                 if completion.error:
                     raise RuntimeError(f"generation ended early: {completion.error}")
+
+    def _decode(self, ids: list[int], eos: frozenset[int]) -> str:
+        """The text of new ids; the eos that ended them has none."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in eos else ids)
 
     def _reader(self, request: Request, stops: list[str]) -> TextReader:
         decoder = _NoText() if self.tokenizer is None else self.tokenizer.stream_decoder()

@@ -57,8 +57,8 @@ class Completion:
     error: str | None = None
 
 
-def check_request(request: Request, network: Network) -> Tensor:
-    """The prompt as a 1-D int64 tensor; ``ValueError`` says what is wrong with the request."""
+def check_request(request: Request, network: Network, known_state: SequenceState | None = None) -> Tensor:
+    """The prompt as a 1-D int64 tensor; ``ValueError`` says what is wrong. ``known_state`` was checked before."""
     config = network.config
     if (
         isinstance(request.max_new_tokens, bool)
@@ -81,6 +81,6 @@ def check_request(request: Request, network: Network) -> Tensor:
     if len(prompt) and not (0 <= int(prompt.min()) and int(prompt.max()) < config.vocab_size):
         wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)][0]
         raise ValueError(f"prompt ids must be in 0 .. {config.vocab_size - 1}, got {int(wrong)}")
-    if request.state is not None:
+    if request.state is not None and request.state is not known_state:
         request.state.check(network)
     return prompt
