@@ -93,7 +93,8 @@ def test_rows_that_cannot_be_drawn():
         sample(x)
     assert str(caught.value) == (
         "sample: cannot draw from rows 1, 4: NaN among the logits; row 3: +inf among the logits, so that there is no"
-        " softmax; row 2: no allowed token (every logit is masked or -inf) (return_details=True gives each row's status instead)"
+        " softmax; row 2: no allowed token (every logit is masked or -inf)"
+        " (return_details=True gives each row's status instead)"
     )
     found = sample(x, return_details=True)
     assert found.status.tolist() == [0, 1, 3, 2, 1] + [0] * 7
