@@ -61,8 +61,8 @@ FR_HD float row_largest(const float* x, int64_t vocabulary, std::vector<float>& 
 }
 
 // Fills prefix sums of the row level; returns U.
-FR_HD uint64_t row_prefix(const float* x, int64_t vocabulary, const std::vector<float>& largest, float row,
-                          float scale, std::vector<uint64_t>& mass) {
+FR_HD uint64_t row_prefix(const float* x, int64_t vocabulary, const std::vector<float>& largest, float row, float scale,
+                          std::vector<uint64_t>& mass) {
   uint64_t total = 0;
   for (size_t t = 0; t < largest.size(); ++t) {
     const uint64_t sum = tile_sum(x + t * kTile, tile_size(t, vocabulary), largest[t], scale);
@@ -209,8 +209,7 @@ FR_HD Choice draw_row(const Sample& a, int64_t row, const float* x, float scale,
   return vote(s.drawn, s.margins);
 }
 
-void write(const Sample& a, int64_t row, Status status, int64_t token, double logprob, double tempered,
-           double margin) {
+void write(const Sample& a, int64_t row, Status status, int64_t token, double logprob, double tempered, double margin) {
   a.token[row] = token;
   a.status[row] = status;
   if (!a.logprobs) return;
