@@ -17,10 +17,10 @@
 
 namespace fr::draw {
 
-constexpr int kTile = 256;                  // ids in a tile, canonical
+constexpr int kTile = 256;                   // ids in a tile, canonical
 constexpr int64_t kMaxVocabulary = 1 << 24;  // keeps every sum below 2^63
-constexpr int kTileUnitBits = 54;           // exp_mass(0) = 2^54
-constexpr int kRowUnitBits = 37;            // row_mass of one token at z = 0: ((2^54 >> 24) * 2^23) >> 16
+constexpr int kTileUnitBits = 54;            // exp_mass(0) = 2^54
+constexpr int kRowUnitBits = 37;             // row_mass of one token at z = 0: ((2^54 >> 24) * 2^23) >> 16
 constexpr int kTopPShift = 16;
 constexpr float kScaleMin = 0x1p-126f;
 constexpr float kLog2E = 0x1.715476p+0f;
@@ -165,8 +165,7 @@ struct RandomWords {
 
 // The two 64-bit words of draw number `draw` at `step` of `sequence`.
 FR_HD RandomWords random_words(uint64_t seed, uint64_t sequence, uint32_t step, uint32_t draw) {
-  const Words4 r =
-      philox(seed, draw, step, static_cast<uint32_t>(sequence), static_cast<uint32_t>(sequence >> 32));
+  const Words4 r = philox(seed, draw, step, static_cast<uint32_t>(sequence), static_cast<uint32_t>(sequence >> 32));
   return {r.w[0] | static_cast<uint64_t>(r.w[1]) << 32, r.w[2] | static_cast<uint64_t>(r.w[3]) << 32};
 }
 
