@@ -1,0 +1,98 @@
+"""Sequence mode against torch.nn: microseconds of CPU time for forward, and for forward and backward.
+
+Each shape runs the automatic choice, every backend of ours, and torch.nn with oneDNN on and off, interleaved in one
+run, after the outputs and the gradients of all of them have been compared with torch.nn in float64.
+
+    python -m bench.sequence [--threads 1] [--quick] [--output bench/results/sequence.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+from bench.timing import interleaved, row, write_csv
+
+# T, B, L, H, I: the stacks of the five tutorials and of word and molecule models, then single steps.
+SHAPES = [
+    (100, 128, 4, 256, 1), (100, 64, 1, 512, 512), (35, 20, 2, 650, 650), (100, 64, 1, 64, 82), (100, 1, 4, 256, 1),
+    (100, 1, 1, 64, 82), (5, 1, 1, 32, 16), (1, 1, 1, 64, 64), (1, 16, 1, 256, 256), (1, 256, 1, 256, 256),
+]  # fmt: skip
+QUICK = [(5, 1, 1, 32, 16), (1, 16, 1, 64, 64)]
+CELLS = {"LSTM": (nn.LSTM, fastrnn.LSTM), "GRU": (nn.GRU, fastrnn.GRU), "RNN": (nn.RNN, fastrnn.RNN)}
+
+
+def runner(layer: nn.Module, x: Tensor, backend: str | None, onednn: bool, gradient: bool) -> Callable[[], Tensor]:
+    """A call of ``layer`` under the given settings; with ``gradient`` forward and backward."""
+
+    def run() -> Tensor:
+        with fastrnn.backend(backend), torch.backends.mkldnn.flags(enabled=onednn), torch.set_grad_enabled(gradient):
+            y = layer(x)[0]
+            if gradient:
+                y.backward(y.detach())
+            return y
+
+    return run
+
+
+def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor) -> None:
+    """Refuse to time a rival whose output is further from float64 than three times torch.nn's own error."""
+    with torch.no_grad():
+        expected = double(x.double())[0]
+        errors = {name: (run().double() - expected).abs().max().item() for name, run in rivals.items()}
+    allowed = 3 * errors["torch"] + 64 * torch.finfo(x.dtype).eps
+    wrong = {name: error for name, error in errors.items() if not error <= allowed}
+    if wrong:
+        raise SystemExit(f"not timed: errors {wrong} exceed {allowed:.2e} on shape {tuple(x.shape)}")
+
+
+def measure(cell: str, shape: tuple[int, ...], gradient: bool) -> list[dict]:
+    """Rows of one shape; printed as they come."""
+    time, batch, layers, hidden, inputs = shape
+    plain, ours = CELLS[cell]
+    torch.manual_seed(0)
+    theirs = plain(inputs, hidden, layers)
+    layer = ours(inputs, hidden, layers)
+    layer.load_state_dict(theirs.state_dict())
+    double = plain(inputs, hidden, layers).double()
+    double.load_state_dict(theirs.state_dict())
+    x = torch.randn(time, batch, inputs)
+    rivals = {"auto": runner(layer, x, None, True, gradient)}
+    for name, why in fastrnn.backends.available().items():
+        if why is None and name != "reference":
+            rivals[name] = runner(layer, x, name, True, gradient)
+    rivals["torch"] = runner(theirs, x, None, True, gradient)
+    rivals["torch without oneDNN"] = runner(theirs, x, None, False, gradient)
+    check(rivals, double, x)
+    timings = interleaved(rivals)
+    best = min(timings["torch"].median, timings["torch without oneDNN"].median)
+    op = f"{cell} {'forward+backward' if gradient else 'forward'}"
+    figures = "  ".join(f"{name} {t.median:.0f} ({best / t.median:.2f}x)" for name, t in timings.items())
+    print(f"{op} T={time} B={batch} L={layers} H={hidden} I={inputs}: {figures}", flush=True)
+    sizes = dict(dtype="float32", T=time, B=batch, I=inputs, H=hidden, L=layers)
+    return [row(op, name, timing, **sizes) for name, timing in timings.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="sequence mode against torch.nn (ratios to its faster setting)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="two small shapes, to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sequence.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for shape in QUICK if options.quick else SHAPES:
+        for cell in CELLS:
+            for gradient in (False, True):
+                rows += measure(cell, shape, gradient)
+    write_csv(options.output, rows)
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()

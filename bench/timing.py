@@ -1,0 +1,103 @@
+"""Interleaved timing and the one CSV form of every benchmark.
+
+Rivals run in turn within one process, round by round, so that a drift of the machine meets all of them; the median of
+the rounds is quoted with the 20th and the 80th percentile. CPU time of one thread is the default clock: on a shared
+machine it varies least.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+COLUMNS = (
+    "op", "backend", "dtype", "T", "B", "I", "H", "L", "V", "median", "p20", "p80", "unit", "threads", "machine",
+    "torch", "triton", "commit", "date",
+)  # fmt: skip
+
+
+class Timing(NamedTuple):
+    """Microseconds of CPU time a call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def interleaved(rivals: dict[str, Callable[[], object]], rounds: int = 9, seconds: float = 0.05) -> dict[str, Timing]:
+    """Time each rival in every round for about ``seconds``; return microseconds of CPU time a call."""
+    repeats = {}
+    for name, function in rivals.items():
+        function()
+        start = time.process_time()
+        function()
+        repeats[name] = max(1, int(seconds / max(time.process_time() - start, 1e-6)))
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, function in rivals.items():
+            start = time.process_time()
+            for _ in range(repeats[name]):
+                function()
+            samples[name].append((time.process_time() - start) / repeats[name] * 1e6)
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def summary(values: list[float]) -> Timing:
+    """Median, 20th and 80th percentile."""
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0])
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), fifths[0], fifths[3])
+
+
+def row(op: str, backend: str, timing: Timing, unit: str = "us CPU a call", **sizes) -> dict:
+    """One measurement as a CSV row; ``sizes`` are any of dtype, T, B, I, H, L, V."""
+    return {
+        "op": op, "backend": backend, **sizes, "median": f"{timing.median:.6g}", "p20": f"{timing.p20:.6g}",
+        "p80": f"{timing.p80:.6g}", "unit": unit, "threads": torch.get_num_threads(), "machine": machine(),
+        "torch": torch.__version__, "triton": _version("triton"), "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write the rows with the columns of `COLUMNS`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def machine() -> str:
+    """The processor's name, or the GPU's when there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else ""
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
