@@ -49,21 +49,25 @@ def cast(value, dtype: torch.dtype):
     return value if value is None else value.detach().to(dtype).requires_grad_()
 
 
-def outcome(module: nn.Module, input, hx, dtype: torch.dtype, **kwargs) -> list[Tensor]:
+def outcome(module: nn.Module, input, hx, dtype: torch.dtype, gradients: bool = True, **kwargs) -> list[Tensor]:
     """Every output and state of one call, then the gradients of input, hx and parameters for a fixed random loss.
 
     What the loss does not depend on, like the initial state of a row that is reset, has a gradient of zero.
     """
     module, input, hx = module.to(dtype), cast(input, dtype), cast(hx, dtype)
     outputs = flat(module(input, hx, **kwargs))
+    if not gradients:
+        return outputs
     generator = torch.Generator().manual_seed(7)
     loss = sum((out * torch.randn(out.shape, generator=generator).to(dtype)).sum() for out in outputs)
     wanted = [*flat(input), *flat(hx), *module.parameters()]
     return [*outputs, *torch.autograd.grad(loss, wanted, materialize_grads=True)]
 
 
-def assert_same(theirs: nn.Module, ours: nn.Module, input, hx=None, dtype=torch.float64, **kwargs) -> None:
+def assert_same(
+    theirs: nn.Module, ours: nn.Module, input, hx=None, dtype=torch.float64, gradients: bool = True, **kwargs
+) -> None:
     """Hold our outputs, states and every gradient to torch.nn's in float64, by torch.nn's own error in `dtype`."""
-    expected = outcome(theirs, input, hx, torch.float64)
-    plain = None if dtype == torch.float64 else outcome(theirs, input, hx, dtype)
-    assert_all_close(outcome(ours, input, hx, dtype, **kwargs), expected, plain, f"{ours}")
+    expected = outcome(theirs, input, hx, torch.float64, gradients)
+    plain = None if dtype == torch.float64 else outcome(theirs, input, hx, dtype, gradients)
+    assert_all_close(outcome(ours, input, hx, dtype, gradients, **kwargs), expected, plain, f"{ours}")
