@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +36,9 @@ def isa(request):
     yield request.param
     torch.use_deterministic_algorithms(False)
     cpu.set_isa("")
+
+
+once = pytest.mark.parametrize("isa", ["portable"], indirect=True)  # for what no instruction set changes
 
 
 def forward_case(
@@ -290,6 +294,7 @@ BAD = {
 }
 
 
+@once
 @pytest.mark.parametrize("name", BAD)
 def test_messages_say_what_is_needed_and_why(name):
     _, a = forward_case("lstm", time=5, batch=2, inputs=2, hidden=3)
@@ -298,6 +303,7 @@ def test_messages_say_what_is_needed_and_why(name):
         call("lstm_forward", a | {name: value})
 
 
+@once
 def test_messages_of_other_arguments():
     _, a = forward_case("lstm-proj", hidden=4)
     with pytest.raises(RuntimeError, match=r"w_ih must be \(4H, I\) = \(16, 7\) because c0 has H=4 and x has I=7"):
@@ -313,7 +319,7 @@ def test_messages_of_other_arguments():
 
 
 DIGEST = """
-import hashlib, sys, torch
+import sys
 sys.path.insert(0, "tests")
 import test_cpu_cells as t
 print(t.cpu.isa(), t.digest())
@@ -342,17 +348,30 @@ def test_results_do_not_depend_on_what_memory_held(isa, root):
     assert done.stdout.split() == [isa, digest()]
 
 
+@once
 def test_an_unknown_instruction_set_is_refused(isa, root):
     with pytest.raises(RuntimeError, match="set_isa must be portable, avx2 or avx512, got 'sse9'"):
         cpu.set_isa("sse9")
     assert cpu.isa() == isa
-    if isa != "portable":
-        return  # the rest does not depend on it
     code = "import torch, fastrnn._C; print(torch.ops.fastrnn_cpu.isa())"
     done = in_a_process(code, root, FASTRNN_CPU_ISA="neon")
     assert done.returncode == 1
     assert "FASTRNN_CPU_ISA must be portable, avx2 or avx512, got 'neon'" in done.stderr
 
 
+@once
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_the_portable_variant_alone_compiles(cell, root):
+    """What a processor other than x86-64 gets."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    flags = "-std=c++20 -O1 -Wall -Wextra -Werror -fsyntax-only -DFR_X86=0"
+    command = [*compiler.split(), *flags.split(), str(root / "csrc" / "cpu" / f"{cell}.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@once
 def test_build_info_names_the_compiler():
     assert cpu.build_info().startswith("compiler ")

@@ -65,5 +65,5 @@ FR_TARGET_END
 #else
 #define FR_DISPATCH(kernel, call) \
   current_isa();                  \
-  return portable::kernel(call)
+  portable::kernel(call);
 #endif

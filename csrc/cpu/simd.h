@@ -9,11 +9,16 @@
 
 #include "../kernels.h"
 
+// 0 leaves only the portable variant, which is what other processors have.
+#ifndef FR_X86
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FR_X86 1
-#include <immintrin.h>
 #else
 #define FR_X86 0
+#endif
+#endif
+#if FR_X86
+#include <immintrin.h>
 #endif
 
 namespace fr {
