@@ -21,7 +21,7 @@ from .data import Batches, CorpusError, as_documents, batches, load_corpus, spli
 from .models import LanguageModel
 from .network import NetworkConfig
 from .text import Tokenizer, UnknownTextError, build_tokenizer
-from .train import TrainResult, train
+from .train import CHECKPOINT, TrainResult, train
 from .tutorials import TUTORIALS, Draw, Plan
 
 Say = Callable[[str], object]
@@ -98,14 +98,16 @@ def run(
         log(f"  trap: {trap}")
     plans = tutorial.plans(mode)
     result = Result(name, mode, [], 0.0)
-    for plan in plans:
-        folder = None if out is None else Path(out) / (plan.label if len(plans) > 1 else "")
-        outcome = _run_plan(plan, data, folder, seed, torch.device(device), log)
+    folders = [None if out is None else Path(out) / (plan.label if len(plans) > 1 else "") for plan in plans]
+    if taken := [folder for folder in folders if folder and (folder / CHECKPOINT).exists()]:
+        raise ValueError(f"{taken[0]} holds a run already; choose another folder or remove it")
+    for plan, folder in zip(plans, folders, strict=True):
+        outcome, prompts = _train(plan, data, folder, seed, torch.device(device), log)
         result.outcomes.append(outcome)
         if outcome.trained.signal is not None:
             result.signal = outcome.trained.signal
             break
-        _generate(outcome, plan, data, seed, log, emit)
+        _generate(outcome, plan, prompts, seed, log, emit)
         if folder:
             _save_texts(outcome, folder, notebook=name == "002")
     result.seconds = time.monotonic() - start
@@ -113,16 +115,18 @@ def run(
     return result
 
 
-def _run_plan(
+def _train(
     plan: Plan, data: str | Path | None, folder: Path | None, seed: int, device: torch.device, log: Say
-) -> Outcome:
-    """Build the network of a plan and train it."""
+) -> tuple[Outcome, list[list[int]]]:
+    """Build the network of a plan and train it; also the prompts of its draws, which are checked before."""
     log(f"\n== {plan.label or 'training'}")
     for change in plan.changes:
         log(f"  differs: {change}")
     corpus = _corpus(plan, data)
     tokenizer = build_tokenizer(corpus=corpus, **plan.tokens)
-    training, valid, config = _data(plan, corpus, tokenizer, dataclasses.replace(plan.train, seed=seed))
+    prompts = [_prompt(draw, tokenizer, corpus, log) for draw in plan.draws]
+    config = dataclasses.replace(plan.train, seed=seed, sample_prompt=tokenizer.decode(prompts[0]))
+    training, valid, config = _data(plan, corpus, tokenizer, config)
     torch.manual_seed(seed)
     model = LanguageModel(NetworkConfig(tokenizer.vocab_size, **plan.network), tokenizer)
     if plan.initial is not None:
@@ -146,7 +150,7 @@ def _run_plan(
     model.eval()
     losses = f", loss {outcome.first_loss:.3f} -> {outcome.last_loss:.3f} nats a token" if outcome.losses else ""
     log(f"  {trained.step} steps in {trained.elapsed:.1f} s, {outcome.tokens_per_second:,.0f} targets/s{losses}")
-    return outcome
+    return outcome, prompts
 
 
 def _line(event: dict[str, Any]) -> str:
@@ -199,18 +203,18 @@ def _set_initial(model: LanguageModel, deviation: float) -> None:
                 parameter.normal_(0.0, deviation)
 
 
-def _generate(outcome: Outcome, plan: Plan, data: str | Path | None, seed: int, log: Say, emit: Say) -> None:
+def _generate(outcome: Outcome, plan: Plan, prompts: list[list[int]], seed: int, log: Say, emit: Say) -> None:
     """Generate the texts of a plan; draws that remember in the same way run as one batch."""
     start = time.monotonic()
     for state in dict.fromkeys(draw.state for draw in plan.draws):
-        draws = [draw for draw in plan.draws if draw.state == state]
+        chosen = [(draw, ids) for draw, ids in zip(plan.draws, prompts, strict=True) if draw.state == state]
+        draws = [draw for draw, _ in chosen]
         model = outcome.model if state is None else _remembering(outcome.model, state)
-        prompts = [_prompt(draw, model.tokenizer, plan, data, log) for draw in draws]
         found = model.generate(
-            prompts, max_new_tokens=[draw.tokens for draw in draws], mode_of=[draw.mode_of for draw in draws],
-            temperature=[draw.temperature for draw in draws], eos_token_id=(), seed=seed,
+            [ids for _, ids in chosen], max_new_tokens=[draw.tokens for draw in draws], eos_token_id=(), seed=seed,
+            temperature=[draw.temperature for draw in draws], mode_of=[draw.mode_of for draw in draws],
         )  # fmt: skip
-        for draw, prompt, generation in zip(draws, prompts, found, strict=True):
+        for (draw, prompt), generation in zip(chosen, found, strict=True):
             if generation.error:
                 raise RuntimeError(f"{draw.label}: {generation.error}")
             outcome.token_ids[draw.label] = generation.token_ids
@@ -230,7 +234,7 @@ def _remembering(model: LanguageModel, state: str) -> LanguageModel:
     return other.eval()
 
 
-def _prompt(draw: Draw, tokenizer: Tokenizer, plan: Plan, data: str | Path | None, log: Say) -> list[int]:
+def _prompt(draw: Draw, tokenizer: Tokenizer, corpus: str | list[str], log: Say) -> list[int]:
     """The ids of a draw's prompt; where the corpus lacks its characters, of the beginning of the corpus."""
     if not isinstance(draw.prompt, str):
         if max(draw.prompt) >= tokenizer.vocab_size:
@@ -239,7 +243,6 @@ def _prompt(draw: Draw, tokenizer: Tokenizer, plan: Plan, data: str | Path | Non
     try:
         return tokenizer.encode(draw.prompt, unk="error")
     except UnknownTextError as problem:
-        corpus = _corpus(plan, data)
         text = corpus if isinstance(corpus, str) else corpus[0]
         log(
             f"  the tutorial's prompt does not fit this corpus ({', '.join(map(repr, problem.pieces))} unknown): the "

@@ -199,8 +199,8 @@ def _news(mode: str) -> tuple[Plan, ...]:
             corpus=("news",), tokens={"kind": "char", "order": "first-seen"}, min_windows=10, changes=changes,
             network={"input": "onehot", "cell": "lstm", "hidden_size": 64},
             train=_train(batching="document", seq_len=100, lr=0.01, max_steps=steps,
-                         log_every=10 if mode == "quick" else 100, sample_every=0 if mode == "quick" else 1000, sample_prompt="today ", sample_tokens=100,
-                         sample_temperature=0.0),
+                         log_every=10 if mode == "quick" else 100, sample_every=0 if mode == "quick" else 1000,
+                         sample_tokens=100, sample_temperature=0.0),
             draws=(Draw("greedy", "today ", 100, 0.0), *soft), limit=2 * steps if mode == "quick" else None,
         ),
     )  # fmt: skip
