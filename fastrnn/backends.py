@@ -48,7 +48,7 @@ class Call(NamedTuple):
     needs_grad: bool = False
     training: bool = False
     dropout: bool = False
-    transform: str = ""  # "torch.func transform", "forward-mode AD", "torch.compile" or nothing
+    transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
         flags = [name for name in ("lengths", "reset", "projection", "needs_grad") if getattr(self, name)]
@@ -93,7 +93,7 @@ def _refuse_aten(call: Call) -> str | None:
         return "PyTorch's fused RNN takes no reset mask"
     if call.lengths:
         return "PyTorch's fused RNN takes no lengths for padded input (a PackedSequence it does take)"
-    if call.transform:
+    if call.transform and call.transform != "torch.jit.trace":
         return f"PyTorch's fused RNN does not support {call.transform}"
     if call.op == "lstm" and call.device == "cpu" and call.dtype == torch.float16:
         return "oneDNN has no float16 LSTM on many CPUs"
@@ -113,6 +113,8 @@ def _refuse_cpu(call: Call) -> str | None:
         return f"the C++ backend runs on CPU tensors, these are on {call.device}"
     if missing := extension_missing():
         return missing
+    if call.transform == "torch.jit.trace":
+        return "a traced module is to load without fastrnn, so it records PyTorch's own operators"
     if call.transform and call.transform != "torch.compile":
         return f"the C++ kernels have no rule for {call.transform}; the reference has"
     if call.op != "sample" and call.dtype not in (torch.float32, torch.float64):

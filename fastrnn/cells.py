@@ -45,6 +45,17 @@ class Twin(nn.Module):
         return self.to_torch()
 
 
+def fx_leaf(module: nn.Module, input: Any, hx: Any, reset: Any) -> Any:
+    """The node of torch.fx.symbolic_trace for a call of `module`, kept whole as torch.nn's layers are; else None."""
+    from torch.fx import Proxy
+
+    if not isinstance(input, Proxy):
+        return None
+    args = (input,) if hx is None else (input, hx)
+    kwargs = {} if reset is None else {"reset": reset}
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, kwargs)
+
+
 def same_kind(state: Any, like: Tensor, shape: tuple[int, ...], autocast: bool) -> bool:
     """Whether `state` is a tensor of this shape, on the device and (without autocast) of the dtype of `like`."""
     return (
@@ -86,6 +97,8 @@ class _Cell(Twin):
         parameters = self._parameters
         weights = [parameters[name] if name in parameters else getattr(self, name) for name in _CELL_WEIGHTS]
         if not self._fits(input, hx, weights[0]):
+            if (node := fx_leaf(self, input, hx, reset)) is not None:
+                return node
             self._torch.forward(self, input, hx)  # raises what torch.nn raises
             raise ValueError(f"{self._get_name()}: input and hx must have the dtype and device of the weights")
         batched = input.dim() == 2

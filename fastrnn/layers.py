@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import ops
-from .cells import GRUCell, LSTMCell, RNNCell, State, Twin, check_reset, same_kind
+from .cells import GRUCell, LSTMCell, RNNCell, State, Twin, check_reset, fx_leaf, same_kind
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -141,6 +141,8 @@ class _Layers(Twin, nn.RNNBase):
         batch_first = batched and self.batch_first
         if not batched:
             if not isinstance(input, Tensor) or input.dim() != 2 or not self._fits(input, hx, weights[0], ()):
+                if (node := fx_leaf(self, input, hx, reset)) is not None:
+                    return node
                 self._refuse(input, hx)
             x = input.unsqueeze(1)
             if hx is not None:

@@ -118,7 +118,8 @@ def _setup(op: str, ctx, inputs: Sequence, output: Sequence[Tensor]) -> None:
     """Keep every argument, and of a forward op also the outputs that its backward op takes."""
     named = dict(zip(ARGUMENTS[op], inputs))
     if op.endswith("_forward"):
-        named |= zip(RESULTS[op], output)
+        kept = ARGUMENTS[op.replace("forward", "backward")]
+        named |= ((name, value) for name, value in zip(RESULTS[op], output) if name in kept)
         ctx.mark_non_differentiable(*(named[name] for name in ("gates", "cells") if name in named))
     ctx.names = [name for name, value in named.items() if isinstance(value, Tensor)]
     ctx.others = {name: value for name, value in named.items() if not isinstance(value, Tensor)}

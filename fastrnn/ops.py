@@ -59,6 +59,8 @@ def transform() -> str:
         return "torch.compile"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
     return "forward-mode AD" if forward_ad._current_level >= 0 else ""
 
 
@@ -181,5 +183,7 @@ def _layer_by_layer(
         ends.append(tuple(end))
         if len(outputs) == directions:
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    if directions == 1 and x.requires_grad:
+        x = x.clone()  # the op keeps its y for backward, and a caller may write into this one, as after torch.nn.GRU
     hx = tuple(torch.stack(s) for s in zip(*ends))
     return x, (hx if cell == "lstm" else hx[0])

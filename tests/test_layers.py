@@ -388,3 +388,36 @@ def test_torchscript(name):
     with pytest.warns(UserWarning, match=f"torch.jit.script compiles fastrnn.{name} as torch.nn.{name}"):
         scripted = torch.jit.script(parent)
     torch.testing.assert_close(flat(scripted(x)), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_fx_keeps_the_layer_whole(name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"rnn": getattr(layers, name)(3, 4)})
+
+        def forward(self, x, hx):
+            return self.inner["rnn"](x, hx)
+
+    model = Model()
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["inner.rnn"]
+    x, hx = torch.randn(5, 2, 3)[: 5 if name in LAYERS else None], make_state(model.inner["rnn"], 2)
+    x = x if name in LAYERS else x[0]
+    for a, b in zip(flat(graph(x, hx)), flat(model(x, hx)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])  # torch.nn.RNNCell forbids it too
+def test_writing_into_results_before_backward(name):
+    theirs, ours = pair(name, 3, 4)
+    x = torch.randn(5, 2, 3) if name in LAYERS else torch.randn(2, 3)
+    for t in (1, 5) if name in LAYERS else (2,):
+        grads = []
+        for module, write in ((theirs, False), (ours, True)):
+            outputs = flat(module(x[:t]))
+            doubled = [out.mul_(2) if write else out * 2 for out in outputs]
+            grads.append(torch.autograd.grad(sum(out.square().sum() for out in doubled), list(module.parameters())))
+        for theirs_grad, ours_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(ours_grad, theirs_grad)
