@@ -187,8 +187,9 @@ FR_HD float tile_largest(const float* x, int64_t n, bool& bad) {
 // W_t; zero for a tile without survivors (largest = -inf).
 FR_HD uint64_t tile_sum(const float* x, int64_t n, float largest, float scale) {
   uint64_t sum = 0;
+  if (largest == -INFINITY) return sum;
   for (int64_t i = 0; i < n; ++i) sum += exp_mass(scaled_gap(x[i], largest, scale));
-  return largest > -INFINITY ? sum : 0;
+  return sum;
 }
 
 // Writes the prefix sums of the masses of a tile that has a survivor; returns the last one, W_t.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -28,8 +29,10 @@ struct Scratch {
   std::vector<float> largest;        // (tiles,) m_t of x
   std::vector<float> plain_largest;  // (tiles,) m_t of the logits as given
   std::vector<uint64_t> mass;        // (tiles,) prefix sums of U_t
-  std::vector<uint32_t> keys;        // (V,) candidates of a selection
-  std::vector<uint64_t> weights;     // (V,) their weights
+  std::vector<int32_t> ids;          // (V,) candidates of a selection
+  std::vector<float> values;         // (V,) their logits
+  std::vector<uint32_t> keys;        // (V,) and keys
+  std::vector<uint64_t> weights;     // (V,) and weights
   std::vector<int64_t> drawn;        // (mode_of,) tokens
   std::vector<double> margins;       // (mode_of,)
   uint64_t prefix[kTile];            // prefix sums of w_i of one tile
@@ -82,9 +85,12 @@ Cut select(std::vector<uint32_t>& keys, std::vector<uint64_t>* weights, int64_t 
   uint64_t histogram[2048];
   Cut cut{0, 0};
   uint64_t above = 0;  // weight of all larger keys
-  for (const int shift : {21, 10, 0}) {
-    const uint32_t digits = shift == 0 ? 0x3ff : 0x7ff;
-    std::memset(histogram, 0, sizeof histogram);
+  const int digit_bits = n > 4096 ? 11 : 8;  // clearing and reading the histogram is most of the work on few keys
+  for (int shift = 32; shift > 0;) {
+    const int width = std::min(digit_bits, shift);
+    shift -= width;
+    const uint32_t digits = (1u << width) - 1;
+    std::memset(histogram, 0, (digits + 1) * sizeof histogram[0]);
     for (int64_t i = 0; i < n; ++i) histogram[(keys[i] >> shift) & digits] += weights ? (*weights)[i] : 1;
     int64_t bin = digits;
     while (bin >= 0 && above + histogram[bin] < target) above += histogram[bin--];
@@ -104,47 +110,71 @@ Cut select(std::vector<uint32_t>& keys, std::vector<uint64_t>* weights, int64_t 
   return cut;
 }
 
-void apply(Cut cut, float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t key = order_key(x[i]);
-    const bool tie = key == cut.key && cut.ties > 0;
-    cut.ties -= tie ? 1 : 0;
-    if (key < cut.key || (key == cut.key && !tie)) x[i] = -INFINITY;
-  }
-}
-
-// Keys of the survivors of x; returns how many there are.
-int64_t survivors(const float* x, int64_t n, std::vector<uint32_t>& keys) {
-  keys.resize(n);
+// Lists the ids and values of x that are at least `bound` and not -inf; returns how many there are.
+int64_t list_candidates(const float* x, int64_t n, float bound, Scratch& s) {
+  s.ids.resize(n);
+  s.values.resize(n);
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    keys[count] = order_key(x[i]);
-    count += x[i] > -INFINITY ? 1 : 0;
+  for (size_t t = 0; t < s.largest.size(); ++t) {
+    if (s.largest[t] < bound) continue;
+    const int64_t first = static_cast<int64_t>(t) * kTile, end = first + tile_size(t, n);
+    for (int64_t i = first; i < end; ++i) {
+      s.ids[count] = static_cast<int32_t>(i);
+      s.values[count] = x[i];
+      count += x[i] >= bound && x[i] > -INFINITY ? 1 : 0;
+    }
   }
   return count;
 }
 
+// Keeps of the `count` listed candidates what survives the cut; returns how many there are.
+int64_t keep(Cut cut, int64_t count, Scratch& s) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = order_key(s.values[i]);
+    const bool tie = key == cut.key && cut.ties > 0;
+    cut.ties -= tie ? 1 : 0;
+    s.ids[kept] = s.ids[i];
+    s.values[kept] = s.values[i];
+    kept += key > cut.key || tie ? 1 : 0;
+  }
+  return kept;
+}
+
+void list_keys(int64_t count, Scratch& s) {
+  s.keys.resize(count);
+  for (int64_t i = 0; i < count; ++i) s.keys[i] = order_key(s.values[i]);
+}
+
 // Sets to -inf what top_k, top_p and min_p remove from x, whose largest logit is `largest`.
 FR_HD void filter_row(const Sample& a, int64_t row, float largest, float scale, Scratch& s) {
-  const int64_t n = a.V;
+  const int64_t n = a.V, top_k = a.top_k[row], tiles = static_cast<int64_t>(s.largest.size());
   float* x = s.x.data();
-  if (a.top_k[row] > 0 && a.top_k[row] < n) {
-    const int64_t count = survivors(x, n, s.keys);
-    if (a.top_k[row] < count) apply(select(s.keys, nullptr, count, a.top_k[row]), x, n);
+  float bound = -INFINITY;
+  if (top_k > 0 && top_k <= tiles) {
+    // The k-th largest of the tiles' maxima: k logits at least are as large, so no smaller one is among the first k.
+    s.values.assign(s.largest.begin(), s.largest.end());
+    std::nth_element(s.values.begin(), s.values.begin() + (top_k - 1), s.values.end(), std::greater<float>());
+    bound = s.values[top_k - 1];
+  }
+  int64_t count = list_candidates(x, n, bound, s);
+  if (top_k > 0 && top_k < count) {
+    list_keys(count, s);
+    count = keep(select(s.keys, nullptr, count, top_k), count, s);
   }
   if (a.top_p[row] > 0) {
-    s.weights.resize(n);
+    list_keys(count, s);
+    s.weights.resize(count);
     uint64_t total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      s.weights[i] = exp_mass(scaled_gap(x[i], largest, scale)) >> kTopPShift;
+    for (int64_t i = 0; i < count; ++i) {
+      s.weights[i] = exp_mass(scaled_gap(s.values[i], largest, scale)) >> kTopPShift;
       total += s.weights[i];
     }
-    s.keys.resize(n);
-    for (int64_t i = 0; i < n; ++i) s.keys[i] = order_key(x[i]);
-    apply(select(s.keys, &s.weights, n, top_p_target(a.top_p[row], total)), x, n);
+    count = keep(select(s.keys, &s.weights, count, top_p_target(a.top_p[row], total)), count, s);
   }
-  if (a.min_p[row] < INFINITY) {
-    for (int64_t i = 0; i < n; ++i) x[i] = -scaled_gap(x[i], largest, scale) <= a.min_p[row] ? x[i] : -INFINITY;
+  std::fill(x, x + n, -INFINITY);
+  for (int64_t i = 0; i < count; ++i) {
+    if (-scaled_gap(s.values[i], largest, scale) <= a.min_p[row]) x[s.ids[i]] = s.values[i];
   }
 }
 
