@@ -111,7 +111,7 @@ def run(
         if folder:
             _save_texts(outcome, folder, notebook=name == "002")
     result.seconds = time.monotonic() - start
-    log(f"recipe {name}: done in {result.seconds:.0f} s")
+    log(f"recipe {name}: {'interrupted' if result.signal else 'done'} after {result.seconds:.0f} s")
     return result
 
 

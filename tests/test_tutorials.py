@@ -2,6 +2,7 @@
 
 import csv
 import math
+import signal
 import string
 from collections import Counter, defaultdict
 
@@ -145,6 +146,7 @@ def check_outcome(outcome, tokens, fell):
     assert outcome.tokens_per_second > 0
 
 
+@pytest.mark.slow
 def test_recipe_000_learns_and_generates_characters_and_words():
     result, log, texts = quiet("000", quick=True)
     character, word = result.outcomes
@@ -156,6 +158,7 @@ def test_recipe_000_learns_and_generates_characters_and_words():
     assert "it gives no numbers" in log
 
 
+@pytest.mark.slow
 def test_recipe_001_trains_its_code_and_its_text():
     result, log, _ = quiet("001", quick=True)
     sgd, adam = result.outcomes
@@ -184,6 +187,7 @@ def test_recipe_001_starts_from_the_tutorials_weights():
             assert abs(float(weight.detach().std()) - 0.01) < 5 * 0.01 / math.sqrt(2 * weight.numel())
 
 
+@pytest.mark.slow
 def test_recipe_002_generates_in_both_modes_and_keeps_the_best_weights(tmp_path):
     result, log, _ = quiet("002", quick=True, out=tmp_path)
     (outcome,) = result.outcomes
@@ -268,6 +272,7 @@ def test_recipe_003_says_hello_world_in_seconds(seed):
     assert floor < mean < 0.2
 
 
+@pytest.mark.slow
 def test_recipe_004_reads_ag_news_and_generates_at_each_temperature(tmp_path):
     with open(tmp_path / "train.csv", "w", encoding="utf-8", newline="") as file:
         write = csv.writer(file, quoting=csv.QUOTE_ALL)
@@ -303,6 +308,8 @@ def test_as_written_keeps_the_authors_numbers():
         "input": "scalar", "cell": "lstm", "hidden_size": 256, "num_layers": 4, "dropout": 0.225, "head": "last",
         "state": "window", "window": len(SHAKESPEARE_PROMPT),
     }  # fmt: skip
+    network = fastrnn.Network(fastrnn.NetworkConfig(65, **shakespeare.network))
+    assert sum(weight.numel() for weight in network.parameters()) == 1_860_929, "the notebook's own count"
     train = shakespeare.train
     assert (train.batch_size, train.seq_len, train.lr, train.max_epochs, train.reduction) == (128, 100, 1e-3, 40, "sum")
     assert [(d.tokens, d.temperature, d.mode_of) for d in shakespeare.draws] == [(1000, 1.1, 80)] * 2
@@ -340,6 +347,17 @@ def test_what_a_recipe_refuses(tmp_path):
     (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
     with pytest.raises(ValueError, match="give more text"):
         quiet("002", quick=True, data=tmp_path / "short.txt")
+
+
+def test_ctrl_c_ends_a_recipe_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """The signal comes with the first line of training's log; what is left of the run is not done."""
+    say = recipes._line
+    monkeypatch.setattr(recipes, "_line", lambda event: signal.raise_signal(signal.SIGINT) or say(event))
+    assert main(["recipe", "003", "-o", str(tmp_path / "out"), "--device", "cpu"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "recipe 003: interrupted" in captured.err
+    assert (tmp_path / "out" / "last.safetensors").is_file()
 
 
 def test_the_command_runs_a_recipe(tmp_path, capsys):
