@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from . import __version__
-from .checkpoint import atomic_file
+from .checkpoint import atomic_file, sync_folder
 from .network import Network, NetworkConfig, rename_state_dict
 
 FORMAT = "fastrnn-1"
@@ -34,28 +35,44 @@ class ModelError(ValueError):
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
     """Write all ``files`` (name -> content) into ``folder``: each beside its place first, then all renamed.
 
-    Raises OSError when one cannot be written; the files that were there before are then untouched.
+    Raises OSError when one cannot be written. After any exception, Ctrl-C too, the files are those that were there
+    before.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    mark = os.getpid()
+    staged = {folder / name: (folder / f".{name}.{mark}.tmp", folder / f".{name}.{mark}.old") for name in files}
     try:
-        for temporary, content in zip(staged.values(), files.values(), strict=True):
+        for (temporary, _), content in zip(staged.values(), files.values(), strict=True):
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for final, temporary in staged.items():
-            os.replace(temporary, final)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        for final, (_, old) in staged.items():
+            if final.exists():
+                shutil.copy2(final, old)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            for final, (temporary, _) in staged.items():
+                os.replace(temporary, final)
+        except BaseException:
+            _restore(staged)
+            raise
+    finally:
+        for place in staged.values():
+            for path in place:
+                path.unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def _restore(staged: Mapping[Path, tuple[Path, Path]]) -> None:
+    """Undo the renames of `write_files` that were done."""
+    for final, (temporary, old) in staged.items():
+        if temporary.exists():
+            continue
+        if old.exists():
+            shutil.move(old, final)
+        else:
+            final.unlink(missing_ok=True)
 
 
 def weights_bytes(network: Network) -> bytes:

@@ -119,7 +119,7 @@ def test_a_request_depends_on_nothing_beside_it(backend: str, cell: str, state: 
         pytest.skip(f"needs backend {backend}: {why}")
     window = {"state": "window", "window": WINDOW} if state == "window" else {}
     network = make(cell=cell, hidden_size=19, input="embedding", **window)
-    count = 300 if backend == "cpu" else 40  # the reference's draw takes milliseconds
+    count = {"cpu": 300, "aten": 300, "reference": 18}[backend]  # the reference's draw takes milliseconds
     asked = requests(count)
     with fastrnn.backend(backend):
         expected = run(network, asked)
@@ -298,11 +298,8 @@ def test_repetition_penalty_acts_on_ids_that_have_occurred() -> None:
         seen = torch.tensor(sorted(set(ids)))
         changed[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.8, logits[seen] * 1.8)
         assert token == int(changed.argmax())
-        oracle.assert_close(
-            torch.tensor(log),
-            logits.log_softmax(-1)[token],
-            plain_logits(network, ids, torch.float32).log_softmax(-1)[token],
-        )
+        plain = plain_logits(network, ids, torch.float32).log_softmax(-1)
+        oracle.assert_close(torch.tensor(log), logits.log_softmax(-1)[token], plain[token])
         ids.append(token)
     assert alone[0].token_ids != run(network, [Request([1, 2, 3], 12, SamplingParams(temperature=0))])[0].token_ids
 
