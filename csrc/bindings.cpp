@@ -308,7 +308,8 @@ Tensors5 sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor 
     fail("logits must have 1 to " + std::to_string(fr::kMaxVocabulary) + " columns (tokens), got " + std::to_string(V));
   if (mode_of < 1) fail("mode_of must be at least 1, got " + std::to_string(mode_of));
   std::vector<Tensor> kept;
-  kept.push_back(torch::stable::contiguous(logits));
+  kept.reserve(10);
+  kept.push_back(logits.is_contiguous() ? logits : torch::stable::contiguous(logits));
   fr::Sample a{};
   a.B = B, a.V = V, a.mode_of = mode_of, a.logprobs = logprobs, a.pool = threads();
   a.logits = static_cast<const float*>(kept.back().data_ptr());

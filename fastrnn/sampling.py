@@ -167,6 +167,8 @@ def _rows(name: str, value: object, rows: int, device: torch.device, convert: Ca
 _PARAMETERS = {
     "temperature": (scale, torch.float32), "top_k": (top_k, torch.int64),
     "top_p": (top_p, torch.int64), "min_p": (min_p, torch.float32),
+    "seed": (functools.partial(_bits, name="seed"), torch.int64),
+    "sequence": (functools.partial(_bits, name="sequence"), torch.int64), "step": (_step, torch.int64),
 }  # fmt: skip
 
 
@@ -180,16 +182,20 @@ def _cached_range(rows: int, device: torch.device) -> Tensor:
     return torch.arange(rows, device=device)
 
 
+def _may_keep(rows: int) -> bool:
+    """Whether a tensor made now is small and an ordinary one, good for later calls (a traced or fake one is not)."""
+    return rows <= MAX_CACHED_ROWS and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
 def _parameter(name: str, value: object, rows: int, device: torch.device) -> Tensor:
-    if type(value) in (int, float) and rows <= MAX_CACHED_ROWS:
+    """The (rows,) column of a parameter; that of a single number is kept, except for step, which changes each call."""
+    if type(value) in (int, float) and name != "step" and _may_keep(rows):
         return _cached_rows(name, value, type(value), rows, device)
-    return _rows(name, value, rows, device, *_PARAMETERS[name])
-
-
-def _integers(name: str, value: object, rows: int, device: torch.device, convert: Callable) -> Tensor:
-    if isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.int64 and len(value) == rows:
-        return value.to(device).contiguous()
-    return _rows(name, value, rows, device, convert, torch.int64)
+    convert, dtype = _PARAMETERS[name]
+    integers = name in ("seed", "sequence", "step")
+    if integers and isinstance(value, Tensor) and value.dtype == torch.int64 and value.shape == (rows,):
+        return value.to(device).contiguous()  # any 64 bits are right, so that nothing needs to leave a GPU
+    return _rows(name, value, rows, device, convert, dtype)
 
 
 def _check_logits(logits: Tensor, mask: Tensor | None) -> None:
@@ -251,7 +257,7 @@ def sample(
     table = (table if logits.dim() == 2 else table[None]).to(torch.float32).contiguous()
     rows, device = table.shape[0], table.device
     if sequence is None:
-        sequence = _cached_range(rows, device)
+        sequence = _cached_range(rows, device) if _may_keep(rows) else torch.arange(rows, device=device)
     elif not (rows == 1 or hasattr(sequence, "__len__") or isinstance(sequence, Tensor)):
         raise ValueError(f"sample: sequence must have one id for each of the {rows} rows, got {sequence!r}")
     if mask is not None:
@@ -263,15 +269,15 @@ def sample(
         _parameter("top_p", top_p, rows, device),
         _parameter("min_p", min_p, rows, device),
         mask,
-        _integers("seed", seed, rows, device, functools.partial(_bits, name="seed")),
-        _integers("sequence", sequence, rows, device, functools.partial(_bits, name="sequence")),
-        _integers("step", step, rows, device, _step),
+        _parameter("seed", seed, rows, device),
+        _parameter("sequence", sequence, rows, device),
+        _parameter("step", step, rows, device),
         int(mode_of),
         return_details,
     )
     if return_details:
         parts = (token.masked_fill(status != 0, -1), logprob, tempered, margin, status)
         return Draw(*(parts if logits.dim() == 2 else (part[0] for part in parts)))
-    if bool(status.any()):
+    if any(status.tolist()) if rows <= 64 else bool(status.any()):
         raise ValueError(_refusal(status))
     return token if logits.dim() == 2 else token[0]

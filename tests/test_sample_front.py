@@ -158,3 +158,13 @@ def test_the_inputs_stay_as_they_are():
     sample(x, 0.5, top_k=3, top_p=0.5, min_p=0.1, mask=torch.ones(300, dtype=torch.bool))
     sample(x, 0.5, return_details=True)
     assert torch.equal(x, before)
+
+
+def test_fake_tensors_are_not_kept():
+    """A call under fake tensors leaves nothing behind that a later real call would meet."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = sample(torch.randn(3, 71), 0.77, seed=991, return_details=True)
+    assert fake.token.shape == (3,)
+    assert sample(torch.randn(3, 71), 0.77, seed=991).tolist()
