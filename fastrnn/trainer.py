@@ -284,6 +284,11 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, and the model's folder where no validation chooses it."""
         self._check_finite()
+        if not all(bool(weight.isfinite().all()) for weight in self._weights().values()):
+            raise TrainingError(
+                f"the weights are not finite at step {self.step}: lower lr (now {self.config.lr:g}), or set clip; the "
+                "checkpoint written before is unharmed"
+            )
         carried = self.state if isinstance(self.state, tuple) else () if self.state is None else (self.state,)
         moments, numbers = flatten_optimizer(self.optimizer)
         tensors = {

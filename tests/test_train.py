@@ -1,0 +1,459 @@
+"""Training: what the options mean, that it learns, and that nothing is lost when it is stopped or out of disk."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrnn.checkpoint import CheckpointError, atomic_file, load_checkpoint, save_checkpoint
+from fastrnn.config import TrainConfig, parse_duration
+from fastrnn.data import CorpusError
+from fastrnn.metrics import MetricsLog, plot_losses, read_metrics
+from fastrnn.models import LanguageModel
+from fastrnn.prepare import prepare
+from fastrnn.train import CHECKPOINT, METRICS, TrainingError, evaluate, train
+from fastrnn.trainer import make_optimizer
+
+TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen jugs. " * 40
+LINES = [
+    f"{first} {second}" for first in "red green blue pale dark".split() for second in "fox hen cow dog".split()
+] * 8
+
+SMALL = {"batch_size": 4, "seq_len": 8, "max_steps": 10, "eval_every": 5, "log_every": 2, "eval_batches": 3, "lr": 0.01}
+
+
+def make(corpus=TEXT, network=None, **changes):
+    """A small model, its data and its settings."""
+    config = TrainConfig(**{**SMALL, **changes})
+    network = {"hidden_size": 12, "embedding_dim": 6, **(network or {})}
+    prepared = prepare(corpus, config, head=network.get("head", "all"))
+    torch.manual_seed(config.seed)
+    return prepared.model(**network), prepared, config
+
+
+def run(model, prepared, config, **options):
+    options = {"valid": prepared.valid, "chars_per_token": prepared.chars_per_token, **options}
+    return train(model, prepared.train, config, **options)
+
+
+def timeless(path):
+    """The records of a metrics file without what a clock has measured."""
+    return [{k: v for k, v in r.items() if k not in ("tok_per_s", "elapsed")} for r in read_metrics(path)]
+
+
+# --- learning ---
+
+
+@pytest.mark.parametrize("batching", ["stream", "windows", "random", "document", "lines"])
+def test_the_loss_falls(batching):
+    documents = [TEXT[:200] + str(number) for number in range(20)]
+    corpus = {"lines": LINES, "document": documents}.get(batching, TEXT)
+    options = {"stride": 3} if batching == "windows" else {"max_rows": 8} if batching == "document" else {}
+    records = []
+    model, prepared, config = make(corpus, batching=batching, max_steps=60, lr=0.02, log_every=5, **options)
+    result = run(model, prepared, config, on_event=lambda record: records.append(record) and None)
+    losses = [record["nll"] for record in records if record["event"] == "train"]
+    assert result.step == 60
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_network_that_predicts_the_last_step_only():
+    model, prepared, config = make(network={"head": "last", "input": "scalar", "embedding_dim": None},
+                                   batching="windows", stride=5, reduction="sum", max_steps=6)  # fmt: skip
+    result = run(model, prepared, config)
+    assert result.best["loss"] == pytest.approx(result.best["nll"] * result.best["tokens"])
+    with pytest.raises(ValueError, match=r"head='last'.*windows, random or document"):
+        make(network={"head": "last"}, batching="stream")
+
+
+def test_one_update_is_that_of_torch():
+    """One step of Adam with clipping, against the same written out with torch.nn."""
+    model, prepared, config = make(max_steps=1, clip=0.05)
+    batch = next(iter(prepared.train))
+    prepared.train.position = 0
+    emb = torch.nn.Embedding(*model.embedding.weight.shape)
+    rnn = torch.nn.LSTM(6, 12, batch_first=True)
+    head = torch.nn.Linear(12, model.config.vocab_size)
+    parts = {"embedding": emb, "rnn": rnn, "head": head}
+    for name, part in parts.items():
+        part.load_state_dict(getattr(model, name).state_dict())
+    weights = [w for part in parts.values() for w in part.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=config.lr, betas=(0.9, config.beta2))
+    logits = head(rnn(emb(batch.inputs))[0])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(weights, config.clip)
+    optimizer.step()
+    run(model, prepared, config, valid=None)
+    for name, part in parts.items():
+        for key, weight in part.state_dict().items():
+            torch.testing.assert_close(getattr(model, name).state_dict()[key], weight)
+
+
+def test_sum_is_mean_times_the_tokens():
+    """Without clipping, plain SGD on the sum is plain SGD on the mean with a rate larger by the number of tokens."""
+    ends = []
+    for reduction, lr in (("mean", 0.32), ("sum", 0.01)):
+        model, prepared, config = make(optimizer="sgd", reduction=reduction, lr=lr, clip=0.0, max_steps=3)
+        run(model, prepared, config, valid=None)
+        ends.append(model.state_dict())
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(weight, ends[1][name])
+
+
+def test_optimizers():
+    model, _, config = make(optimizer="sgd", momentum=0.9)
+    assert make_optimizer(model, config).defaults["momentum"] == 0.9
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
+        assert type(make_optimizer(model, TrainConfig(optimizer=name, weight_decay=0.1))) is kind
+
+
+def test_schedules():
+    constant = TrainConfig(lr=1.0, warmup_steps=4)
+    assert [constant.lr_at(step, 0.0) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = TrainConfig(lr=1.0, min_lr=0.1, schedule="cosine")
+    assert [cosine.lr_at(9, share) for share in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
+    assert TrainConfig(lr=1.0, schedule="linear").lr_at(9, 0.25) == 0.75
+    step = TrainConfig(lr=1.0, schedule="step", decay_every=10, decay_factor=0.1, min_lr=0.05)
+    assert [step.lr_at(at, 0.0) for at in (9, 10, 25)] == pytest.approx([1.0, 0.1, 0.05])
+    assert TrainConfig(lr=1.0, schedule="plateau").lr_at(9, 0.0, scale=0.25) == 0.25
+
+
+def test_plateau_decays_when_validation_stands_still():
+    model, prepared, config = make(
+        schedule="plateau", lr=1e-9, decay_patience=1, eval_every=1, log_every=1, max_steps=6
+    )
+    model.head.weight.requires_grad_(False)
+    rates = []
+    run(model, prepared, config, on_event=lambda r: rates.append(r["lr"]) if r["event"] == "train" else None)
+    assert len(rates) == 6
+    assert rates[-1] <= rates[0]
+
+
+def test_perplexity_and_bits_per_char():
+    model, prepared, _ = make()
+    record = evaluate(model, prepared.valid, chars_per_token=2.0)
+    assert record["perplexity"] == pytest.approx(math.exp(record["nll"]))
+    assert record["bits_per_char"] == pytest.approx(record["nll"] / math.log(2) / 2)
+    assert record == evaluate(model, prepared.valid, chars_per_token=2.0), "validation starts from the beginning"
+    assert prepared.chars_per_token == 1.0
+
+
+def test_validation_is_that_of_one_long_run():
+    """Carried from batch to batch, validation in pieces of 8 steps is validation in one piece."""
+    model, prepared, _ = make()
+    rows = next(iter(prepared.valid)).inputs.shape[0]
+    prepared.valid.position = 0
+    inputs, targets = (torch.cat([getattr(b, name) for b in prepared.valid], 1) for name in ("inputs", "targets"))
+    with torch.no_grad():
+        logits, _ = model.eval()(inputs)
+        whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert rows > 1
+    assert evaluate(model, prepared.valid)["nll"] == pytest.approx(float(whole), rel=1e-6)
+
+
+# --- ends ---
+
+
+def test_early_stop_and_the_best_weights_are_copies():
+    """With a rate that wrecks the weights, the best are those of the first validation, not an alias of the last."""
+    seen = {}
+    model, prepared, config = make(lr=1e-4, eval_every=1, patience=3, max_steps=200, log_every=1)
+
+    def wreck(record):
+        if record["event"] == "valid" and record["best"]:
+            seen.clear()
+            seen.update({name: weight.clone() for name, weight in model.state_dict().items()})
+        if record["step"] >= 4:
+            for weight in model.parameters():
+                weight.data.mul_(1.5)
+
+    result = run(model, prepared, config, on_event=wreck)
+    assert result.reason == "early stop"
+    assert result.step < 200
+    assert result.best["step"] <= result.step - 3
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, seen[name]), f"{name} is not the best"
+    assert evaluate(model, prepared.valid, limit=3)["nll"] == result.best["nll"]
+
+
+def test_time_budget():
+    model, prepared, config = make(max_steps=None, max_time="0.3s", eval_every=0)
+    result = run(model, prepared, config, valid=None)
+    assert result.reason == "max_time"
+    assert result.elapsed >= 0.3
+    assert result.step > 1
+
+
+def test_epochs():
+    model, prepared, config = make(max_steps=None, max_epochs=2)
+    result = run(model, prepared, config)
+    assert (result.reason, result.step) == ("max_epochs", 2 * len(prepared.train))
+
+
+def test_samples_while_training_change_nothing(tmp_path):
+    ends = []
+    for every in (0, 2):
+        model, prepared, config = make(sample_every=every, sample_tokens=5, sample_prompt="the ")
+        run(model, prepared, config, out=tmp_path / str(every))
+        ends.append(model.state_dict())
+    samples = [r for r in read_metrics(tmp_path / "2" / METRICS) if r["event"] == "sample"]
+    assert len(samples) == 5
+    assert all(len(record["text"]) == 5 for record in samples)
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    model, prepared, config = make(log_every=4)
+    model.head.bias.data[0] = math.nan
+    with pytest.raises(TrainingError, match=r"loss is nan at step 4: lower lr \(now 0.01\), or set clip"):
+        run(model, prepared, config, out=tmp_path, valid=None)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+    model, prepared, config = make(save_every=2, log_every=4)
+
+    def spoil(record):
+        model.head.weight.data.fill_(math.nan)
+
+    with pytest.raises(TrainingError, match=r"weights are not finite at step 4: lower lr"):
+        run(model, prepared, config, out=tmp_path, valid=None, on_event=spoil)
+    tensors, state = load_checkpoint(tmp_path / CHECKPOINT)
+    assert state["step"] == 2
+    assert all(weight.isfinite().all() for weight in tensors.values() if weight.is_floating_point())
+
+
+# --- resuming ---
+
+RESUME = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_train import RUNS, make, run
+torch.set_num_threads(1)
+torch.manual_seed(12345)  # what was before must not matter
+for name, changes in RUNS.items():
+    run(*make(**changes), out=f"{sys.argv[2]}/{name}/parts", resume=True)
+"""
+
+RUNS = {
+    "stream": {"network": {"num_layers": 2, "dropout": 0.3}, "schedule": "cosine", "log_every": 3},
+    "lines": {"network": {"cell": "gru", "dropout": 0.2}, "corpus": LINES, "batching": "lines", "optimizer": "adamw"},
+    "random": {"network": {"tie_weights": True, "embedding_dim": 12}, "batching": "random", "batches_per_epoch": 5,
+               "optimizer": "sgd", "momentum": 0.9, "schedule": "plateau", "decay_patience": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A folder with each of RUNS twice: ``whole`` in 10 steps; ``parts`` in 5 steps here and 5 in a new process."""
+    folder = tmp_path_factory.mktemp("resumed")
+    torch.set_num_threads(1)
+    for name, changes in RUNS.items():
+        run(*make(**changes), out=folder / name / "whole")
+        stopped = run(*make(**changes), out=folder / name / "parts", on_event=lambda record: record["step"] >= 5)
+        assert (stopped.reason, stopped.step) == ("callback", 5)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tests = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", RESUME, tests, str(folder)], check=True, env=environment)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_in_a_new_process_is_bit_for_bit(resumed, name):
+    """10 steps are 5 steps, a checkpoint, a new process and 5 steps: the same weights, moments and metrics."""
+    folders = resumed / name / "whole", resumed / name / "parts"
+    (whole, state), (parts, later) = (load_checkpoint(folder / CHECKPOINT) for folder in folders)
+    assert state["step"] == later["step"] == 10
+    assert whole.keys() == parts.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, parts[key]), key
+    for one in (state, later):
+        one.pop("elapsed")
+        one["best"].pop("elapsed")
+    assert state == later
+    assert timeless(folders[0] / METRICS) == timeless(folders[1] / METRICS)
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
+
+
+def test_resume_refuses_other_settings_data_and_networks(tmp_path):
+    model, prepared, config = make(max_steps=4)
+    run(model, prepared, config, out=tmp_path)
+    with pytest.raises(ValueError, match=r"lr was 0\.01, now 0\.02.*new folder"):
+        run(*make(lr=0.02), out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="saved position belongs to other batches"):
+        run(*make(TEXT.replace("fox", "cat")), out=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="holds another network"):
+        run(*make(network={"cell": "gru"}), out=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run(*make(), out=tmp_path / "nowhere", resume=True)
+    assert run(*make(max_steps=6), out=tmp_path, resume=True).step == 6
+
+
+def test_the_folder_is_a_model(tmp_path):
+    model, prepared, config = make(corpus=LINES, batching="lines")
+    run(model, prepared, config, out=tmp_path)
+    loaded = LanguageModel.from_pretrained(tmp_path)
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert (
+        loaded.generate("", seed=1, max_new_tokens=9).token_ids
+        == model.generate("", seed=1, max_new_tokens=9).token_ids
+    )
+
+
+# --- files ---
+
+
+def test_metrics_lines(tmp_path):
+    model, prepared, config = make()
+    run(model, prepared, config, out=tmp_path)
+    lines = (tmp_path / METRICS).read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records if r["event"] == "train"] == [2, 4, 6, 8, 10]
+    assert [r["step"] for r in records if r["event"] == "valid"] == [5, 10]
+    assert {"loss", "nll", "lr", "grad_norm", "tokens", "tok_per_s", "elapsed", "epoch"} <= records[0].keys()
+
+
+def test_metrics_after_a_crash(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n{"step": 10}\n{"step": 1')
+    assert read_metrics(path) == [{"step": 5}, {"step": 10}]
+    with MetricsLog(path, after_step=5) as log:
+        log.append({"step": 6})
+        assert read_metrics(path) == [{"step": 5}, {"step": 6}]
+    path.write_text("nonsense\n{}\n")
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_plot(tmp_path, kind):
+    pytest.importorskip("matplotlib", reason="needs matplotlib, which the extra `plots` installs")
+    model, prepared, config = make()
+    run(model, prepared, config, out=tmp_path)
+    image = plot_losses(tmp_path / METRICS, tmp_path / f"loss.{kind}").read_bytes()
+    assert image.startswith(b"\x89PNG") if kind == "png" else b"<svg" in image
+    (tmp_path / METRICS).write_text("")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_losses(tmp_path / METRICS, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_error_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
+    path = tmp_path / CHECKPOINT
+    save_checkpoint(path, {"x": torch.ones(3)}, {"step": 1})
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(CheckpointError, match="No space left on device; the previous checkpoint is intact"):
+        save_checkpoint(path, {"x": torch.zeros(3)}, {"step": 2})
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files, which the kernel enforces, in place of a full disk."""
+    path = tmp_path / CHECKPOINT
+    save_checkpoint(path, {"x": torch.ones(3)}, {"step": 1})
+    script = f"""
+import resource, signal, torch
+from fastrnn.checkpoint import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+save_checkpoint({str(path)!r}, {{"x": torch.zeros(100000)}}, {{"step": 2}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "File too large; the previous checkpoint is intact" in done.stderr
+    assert load_checkpoint(path)[1] == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 5000
+
+
+def test_an_interrupt_while_writing_leaves_no_half_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write():
+        with atomic_file(path) as file:
+            file.write(b"ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_bad_checkpoints(tmp_path):
+    path = tmp_path / CHECKPOINT
+    save_checkpoint(path, {"x": torch.ones(300)}, {"step": 1})
+    whole = path.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+            load_checkpoint(path)
+    torch.save({"x": torch.ones(3)}, path)
+    with pytest.raises(CheckpointError, match="from another program"):
+        load_checkpoint(path)
+    model, prepared, config = make(max_steps=2)
+    run(model, prepared, config, out=tmp_path / "model")
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+        load_checkpoint(tmp_path / "model" / "model.safetensors")
+
+
+# --- wrong settings ---
+
+
+@pytest.mark.parametrize(
+    "field, value, text",
+    [
+        ("lr", 0.0, "lr must be above 0, got 0.0"),
+        ("lr", math.nan, "lr must be above 0, got nan"),
+        ("batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("seq_len", 2.5, "seq_len must be a whole number, got 2.5"),
+        ("optimizer", "adma", "optimizer must be one of adam, adamw, sgd, got 'adma'"),
+        ("valid_fraction", 1.0, "valid_fraction must be at least 0 and below 1"),
+        ("min_lr", 1.0, "min_lr must be between 0 and lr"),
+        ("max_time", "soon", "a duration is seconds or like 60s"),
+        ("sample_temperature", -1.0, "sample_temperature must be at least 0"),
+    ],
+)
+def test_wrong_settings(field, value, text):
+    with pytest.raises(ValueError, match=text):
+        TrainConfig(**{field: value})
+
+
+def test_wrong_names_and_missing_limits():
+    with pytest.raises(ValueError, match="no such training option: learning_rate; the options are batching"):
+        TrainConfig.from_dict({"learning_rate": 1})
+    model, prepared, config = make(max_steps=None)
+    with pytest.raises(ValueError, match="training has no end: set max_steps"):
+        run(model, prepared, config)
+    model, prepared, config = make(patience=2)
+    with pytest.raises(ValueError, match="no validation data"):
+        run(model, prepared, config, valid=None)
+
+
+def test_durations():
+    assert [parse_duration(text) for text in ("60", "60s", "1.5m", "2h", "1h30m", 5)] == [60, 60, 90, 7200, 5400, 5]
+    for text in ("", "0s", "-1", "1d", "s", "1m1h"):
+        with pytest.raises(ValueError, match="duration"):
+            parse_duration(text)
+
+
+@pytest.mark.parametrize("corpus", ["", [], "ab", ["a"]])
+def test_a_corpus_that_is_too_small(corpus):
+    with pytest.raises(CorpusError, match=r"empty|give more text|smaller batch|too small"):
+        make(corpus, batching="stream" if isinstance(corpus, str) else "lines")
