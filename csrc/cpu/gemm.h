@@ -64,8 +64,12 @@ static void dot_tile(const F* const* a, const F* const* w, int64_t K, Onto onto,
 #pragma GCC unroll 8
     for (int n = 0; n < NR; n += 4) {
       const Four<F> sum = lane_sums(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3]);
-      for (int i = 0; i < 4; ++i)
-        if (n + i < n_valid) c[m][n + i] = (onto == Onto::c ? c[m][n + i] : bias ? bias[n + i] : F(0)) + sum.s[i];
+      const F* base = onto == Onto::c ? c[m] : bias;
+      if (n + 4 <= n_valid) {
+        Four<F>{base ? Four<F>::load(base + n).v + sum.v : F(0) + sum.v}.store(c[m] + n);
+      } else {
+        for (int i = n; i < n_valid; ++i) c[m][i] = (base ? base[i] : F(0)) + sum.v[i - n];
+      }
     }
 }
 

@@ -12,10 +12,12 @@ template <class F> struct RawOf;
 template <> struct RawOf<float> {
   typedef float Raw __attribute__((vector_size(FR_VEC_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(FR_VEC_BYTES)));
+  typedef float Quad __attribute__((vector_size(16)));
 };
 template <> struct RawOf<double> {
   typedef double Raw __attribute__((vector_size(FR_VEC_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(FR_VEC_BYTES)));
+  typedef double Quad __attribute__((vector_size(32)));
 };
 
 template <class F> struct Vec {
@@ -154,19 +156,31 @@ template <class Pick, class F> FR_INLINE Vec<F> fold(Vec<F> a, Vec<F> b) {
 
 // The sums over the lanes of four vectors, each by the same tree: halves, quarters, then neighbours.
 template <class F> struct Four {
-  F s[4];
+  typename RawOf<F>::Quad v;
+  static FR_INLINE Four load(const F* p) {
+    Four a;
+    __builtin_memcpy(&a.v, p, sizeof a.v);
+    return a;
+  }
+  FR_INLINE void store(F* p) const { __builtin_memcpy(p, &v, sizeof v); }
 };
 template <class F> FR_INLINE Four<F> lane_sums(Vec<F> a, Vec<F> b, Vec<F> c, Vec<F> d) {
   constexpr int W = Vec<F>::width;
   constexpr std::make_integer_sequence<int, W> lanes{};
   const Vec<F> ab = fold<LowHalves<W>>(a, b), cd = fold<LowHalves<W>>(c, d);
   if constexpr (W == 2) {
-    return {{ab.v[0], ab.v[1], cd.v[0], cd.v[1]}};
+    const typename RawOf<F>::Quad sums = {ab.v[0], ab.v[1], cd.v[0], cd.v[1]};
+    return Four<F>{sums};
   } else {
     Vec<F> all = fold<LowQuarters<W>>(ab, cd);
     if constexpr (W >= 16) all = all + shuffle<Neighbour<2>, 0>(all, all, lanes);
     if constexpr (W >= 8) all = all + shuffle<Neighbour<1>, 0>(all, all, lanes);
-    return {{all.v[0], all.v[W / 4], all.v[W / 2], all.v[3 * (W / 4)]}};
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    return Four<F>{__builtin_shufflevector(all.v, all.v, 0, W / 4, W / 2, 3 * (W / 4))};
+#else
+    const typename RawOf<F>::Quad sums = {all.v[0], all.v[W / 4], all.v[W / 2], all.v[3 * (W / 4)]};
+    return Four<F>{sums};
+#endif
   }
 }
 
