@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .train import CHECKPOINT, TrainResult, train
 from .tutorials import TUTORIALS, Draw, Plan
 
 Say = Callable[[str], object]
+Corpus = str | list[str]
 
 
 @dataclasses.dataclass
@@ -101,8 +102,9 @@ def run(
     folders = [None if out is None else Path(out) / (plan.label if len(plans) > 1 else "") for plan in plans]
     if taken := [folder for folder in folders if folder and (folder / CHECKPOINT).exists()]:
         raise ValueError(f"{taken[0]} holds a run already; choose another folder or remove it")
+    given = None if data is None else load_corpus(data)
     for plan, folder in zip(plans, folders, strict=True):
-        outcome, prompts = _train(plan, data, folder, seed, torch.device(device), log)
+        outcome, prompts = _train(plan, given, folder, seed, torch.device(device), log)
         result.outcomes.append(outcome)
         if outcome.trained.signal is not None:
             result.signal = outcome.trained.signal
@@ -116,13 +118,13 @@ def run(
 
 
 def _train(
-    plan: Plan, data: str | Path | None, folder: Path | None, seed: int, device: torch.device, log: Say
+    plan: Plan, given: Corpus | None, folder: Path | None, seed: int, device: torch.device, log: Say
 ) -> tuple[Outcome, list[list[int]]]:
     """Build the network of a plan and train it; also the prompts of its draws, which are checked before."""
     log(f"\n== {plan.label or 'training'}")
     for change in plan.changes:
         log(f"  differs: {change}")
-    corpus = _corpus(plan, data)
+    corpus = _corpus(plan, given)
     tokenizer = build_tokenizer(corpus=corpus, **plan.tokens)
     prompts = [_prompt(draw, tokenizer, corpus, log) for draw in plan.draws]
     config = dataclasses.replace(plan.train, seed=seed, sample_prompt=tokenizer.decode(prompts[0]))
@@ -133,7 +135,8 @@ def _train(
         _set_initial(model, plan.initial)
     model.to(device)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    source = data or ("its own text" if plan.text is not None else " and ".join(plan.corpus))
+    source = "its own text" if plan.text is not None else " and ".join(plan.corpus)
+    source = source if given is None else "the text given"
     log(
         f"  V = {tokenizer.vocab_size} {plan.tokens['kind']} tokens of {source}; {weights:,} weights to train on "
         f"{device}; {len(training)} batches make an epoch"
@@ -162,17 +165,19 @@ def _line(event: dict[str, Any]) -> str:
     return f"  step {event['step']:6d}  {event['prompt']}{event['text']}"
 
 
-def _corpus(plan: Plan, data: str | Path | None) -> str | list[str]:
-    """The text of a plan, or its documents where a batch is a document."""
-    sources: Sequence[str | Path] = plan.corpus if data is None else (data,)
-    parts = [load_corpus(source) for source in sources] if data is not None or plan.text is None else [plan.text]
+def _corpus(plan: Plan, given: Corpus | None) -> Corpus:
+    """The text of a plan, or its documents where a batch is a document; ``given`` replaces the plan's own."""
+    if given is None:
+        parts = [load_corpus(source) for source in plan.corpus] if plan.text is None else [plan.text]
+    else:
+        parts = [given]
     if plan.train.batching == "document":
         return [document for part in parts for document in as_documents(part)]
     return "\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts)
 
 
 def _data(
-    plan: Plan, corpus: str | list[str], tokenizer: Tokenizer, config: TrainConfig
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig
 ) -> tuple[Batches, Batches | None, TrainConfig]:
     """Batches for training and for validation, and the configuration with the validation that the plan asks for."""
     make = functools.partial(_batches, plan, tokenizer=tokenizer, seed=config.seed)
@@ -183,7 +188,7 @@ def _data(
     return training, make(parts[1]) if config.valid_fraction else None, config
 
 
-def _batches(plan: Plan, part: str | list[str], *, tokenizer: Tokenizer, seed: int) -> Batches:
+def _batches(plan: Plan, part: Corpus, *, tokenizer: Tokenizer, seed: int) -> Batches:
     config, target = plan.train, plan.network.get("head", "all")
     options: dict[str, Any] = {"steps": config.seq_len, "target": target, "seed": seed}
     if config.batching == "document":
@@ -234,7 +239,7 @@ def _remembering(model: LanguageModel, state: str) -> LanguageModel:
     return other.eval()
 
 
-def _prompt(draw: Draw, tokenizer: Tokenizer, corpus: str | list[str], log: Say) -> list[int]:
+def _prompt(draw: Draw, tokenizer: Tokenizer, corpus: Corpus, log: Say) -> list[int]:
     """The ids of a draw's prompt; where the corpus lacks its characters, of the beginning of the corpus."""
     if not isinstance(draw.prompt, str):
         if max(draw.prompt) >= tokenizer.vocab_size:
