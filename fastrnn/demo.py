@@ -40,10 +40,10 @@ class Scale:
     batch: int
     checked: int
     raced: int
-    hidden: int = 128
+    hidden: int = 192
 
 
-FULL = Scale(steps=1400, train_time=25.0, names=100_000, slices=5, batch=1024, checked=256, raced=4096)
+FULL = Scale(steps=950, train_time=26.0, names=100_000, slices=5, batch=1024, checked=256, raced=4096)
 QUICK = Scale(steps=60, train_time=10.0, names=200, slices=1, batch=64, checked=16, raced=128, hidden=32)
 LONGEST = 96  # tokens; the longest of Unicode's names has fewer
 
@@ -79,13 +79,13 @@ def say(text: str) -> None:
 def learn(scale: Scale, out: Path, seed: int) -> tuple[LanguageModel, dict[str, Any]]:
     """Train on 95 % of the names; the model, and the validation record of the other 5 %."""
     config = TrainConfig(
-        batching="lines", batch_size=32, seq_len=32, lr=0.012, schedule="cosine", warmup_steps=40, min_lr=1e-4,
+        batching="lines", batch_size=32, seq_len=32, lr=0.008, schedule="cosine", warmup_steps=40, min_lr=1e-4,
         max_steps=scale.steps, max_time=scale.train_time, eval_every=0, eval_batches=0, save_every=0,
         log_every=50, sample_every=max(scale.steps // 12, 1), sample_tokens=LONGEST, seed=seed,
     )  # fmt: skip
     prepared = prepare(load_corpus("unicode-names"), config)
     torch.manual_seed(seed)
-    model = prepared.model(cell="gru", hidden_size=scale.hidden, embedding_dim=scale.hidden // 2)
+    model = prepared.model(cell="gru", hidden_size=scale.hidden, embedding_dim=scale.hidden // 3)
 
     def show(record: dict[str, Any]) -> None:
         if record["event"] == "sample":
