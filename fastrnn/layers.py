@@ -135,7 +135,9 @@ class _Layers(Twin, nn.RNNBase):
         Errors: torch.nn's types and texts; TypeError or ValueError for a reset that does not fit.
         """
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, reset)
+            # The shapes depend on the values of batch_sizes, so a compiler cannot trace it: it runs as it is.
+            packed = self._forward_packed
+            return (torch.compiler.disable(packed) if torch.compiler.is_compiling() else packed)(input, hx, reset)
         weights = self._weights()
         batched = isinstance(input, Tensor) and input.dim() == 3
         batch_first = batched and self.batch_first

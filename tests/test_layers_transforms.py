@@ -53,6 +53,17 @@ def test_compile_dynamic_shapes_states_and_resets(name):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_compile_with_packed_sequences(name):
+    """A PackedSequence runs outside the compiled graph, whose code before and after it is compiled."""
+    torch.compiler.reset()
+    module = _module(name, num_layers=2, bidirectional=True)
+    model = torch.compile(lambda packed: module(packed)[0].data * 2, backend="aot_eager")
+    for lengths in ([3, 2], [2, 4, 1]):
+        packed = pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=False)
+        torch.testing.assert_close(model(packed), module(packed)[0].data * 2)
+
+
 def test_compile_of_a_model_with_weight_norm_and_dropout():
     torch.compiler.reset()
 
