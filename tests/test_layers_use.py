@@ -1,4 +1,4 @@
-"""What users do to modules: weight drop, parametrizations, shared weights, hooks, TorchScript, fx, writes into results."""
+"""What users do to modules: weight drop, parametrizations, sharing, hooks, TorchScript, fx, writing into results."""
 
 import copy
 import warnings
