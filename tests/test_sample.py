@@ -10,7 +10,7 @@ import draws
 import numpy as np
 import pytest
 import torch
-from draw_oracle import exact_fma, python_draw
+from draw_oracle import exact_fma, python_draw, python_first_above, python_mass, python_parts
 from draws import both_backends, draw, needs_cpu, plain_columns, random_columns, random_logits
 
 from fastrnn import backends
@@ -88,6 +88,37 @@ def test_equals_the_definition_in_python_integers(vocabulary, rows):
             token, *_, status = draw(name, x, columns)
             assert status.tolist() == [0] * rows
             assert token.tolist() == expected, name
+
+
+def test_masses_and_look_ups_in_python_integers():
+    """What whole draws hardly see: the last bits of both levels, and thresholds that meet a prefix sum exactly."""
+    x = torch.randn(4, 600, generator=torch.Generator().manual_seed(9)) * 6
+    w, mass, _ = definition._tiles(definition._as_tiles(x), torch.full((4,), 1.7))
+    scale = np.float32(1.7)
+    for r, row in enumerate(x.tolist()):
+        for t in range(3):
+            tile = row[256 * t : 256 * t + 256]
+            masses = [python_mass(float((np.float32(v) - np.float32(max(tile))) * scale)) for v in tile]
+            significand, shift = python_parts(float((np.float32(max(tile)) - np.float32(max(row))) * scale))
+            assert w[r, t, : len(tile)].tolist() == masses
+            assert int(mass[r, t]) == (((sum(masses) >> 24) * significand) >> 16) >> shift
+    small = [0, 1, 0, 2, 0, 1, 0]
+    words = [0, 2**62 - 1, 2**62, 2**62 + 1, 2**63 - 1]
+    index, _ = definition._look_up(torch.tensor([small]), torch.tensor([words]))
+    assert index[0].tolist() == [python_first_above(small, word) for word in words] == [1, 1, 3, 3, 3]
+
+
+def test_the_header_has_the_same_constants(root):
+    text = (root / "csrc" / "sampling.h").read_text()
+    for name, value in (
+        ("kTile", definition.TILE), ("kTileUnitBits", definition.TILE_UNIT_BITS),
+        ("kRowUnitBits", definition.ROW_UNIT_BITS), ("kTopPShift", definition.TOP_P_SHIFT),
+    ):  # fmt: skip
+        assert f"{name} = {value};" in text
+    assert "q, f, 1.0f)" in text
+    for coefficient in definition.EXP2_COEFFICIENTS[1:]:
+        digits, exponent = coefficient.hex().split("p")
+        assert f"{digits[:8]}p{exponent}f" in text, coefficient.hex()
 
 
 # --- the C++ --------------------------------------------------------------------------------------------------------
