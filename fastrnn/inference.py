@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,34 +28,60 @@ ONE_THREAD_WEIGHTS = 1 << 17
 ALONE_STEPS = 128  # from here on a piece fills the machine by itself and runs as one row
 TOKENS_AT_ONCE = 1 << 14  # bounds the memory of a prefill: rows x steps of one call
 
-_measured: dict[tuple, tuple[int, ...]] = {}
+
+class Blocks(NamedTuple):
+    """Block sizes, largest first, and the number of threads under which they are safe."""
+
+    sizes: tuple[int, ...]
+    threads: int
 
 
-def independent_blocks(key: tuple, run: Callable[[Tensor], Tensor], rows: int) -> tuple[int, ...]:
-    """Block sizes, largest first, in which ``run`` gives a row the same bits whatever its place and companions.
+ALONE = Blocks((1,), 1)
+_measured: dict[tuple, Blocks] = {}
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Run torch on this many threads within."""
+    before = torch.get_num_threads()
+    if before == number:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def independent_blocks(key: tuple, run: Callable[[Tensor], Tensor], rows: int) -> Blocks:
+    """The `Blocks` in which ``run`` gives a row the same bits whatever its place, its companions and the threads.
 
     ``run`` maps row numbers (n,) int64 to those rows' outputs (n, K); it is called on 0 .. rows-1, in order and
-    shuffled, in blocks of each size of BLOCK_ROWS up to ``rows``. (1,) where blocks of 16 do not agree. Results are
-    kept under ``key``.
+    shuffled, in blocks of each size of BLOCK_ROWS up to ``rows``, and must give what blocks of 16 give on one thread.
+    One thread where more give other bits, ALONE where even blocks of 16 do not agree. Results are kept under ``key``.
     """
-    if key not in _measured:
-        order = torch.arange(rows)
-        shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(20))
+    if key in _measured:
+        return _measured[key]
+    base, now = BLOCK_ROWS[-1], torch.get_num_threads()
+    orders = (torch.arange(rows), torch.randperm(rows, generator=torch.Generator().manual_seed(20)))
 
-        def outputs(numbers: Tensor, size: int) -> Tensor:
-            return torch.cat([run(block) for block in numbers.split(size)])
+    def outputs(numbers: Tensor, size: int) -> Tensor:
+        return torch.cat([run(block) for block in numbers.split(size)])
 
-        base = BLOCK_ROWS[-1]
-        expected = outputs(order, base)
-        sizes = [
-            size
-            for size in BLOCK_ROWS
-            if size <= rows
-            and torch.equal(outputs(order, size), expected)
-            and torch.equal(outputs(shuffled, size), expected[shuffled.to(expected.device)])
-        ]
-        _measured[key] = tuple(sizes) if base in sizes else (1,)
-    return _measured[key]
+    def agrees(size: int, expected: Tensor) -> bool:
+        return all(torch.equal(outputs(order, size), expected[order.to(expected.device)]) for order in orders)
+
+    with threads(1):
+        expected = outputs(orders[0], base)
+    found = ALONE
+    for number in sorted({1, now}):
+        with threads(number):
+            sizes = tuple(size for size in BLOCK_ROWS if size <= rows and agrees(size, expected))
+        if base in sizes:
+            found = Blocks(sizes, number)
+    _measured[key] = found
+    return found
 
 
 def blocks(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -93,15 +119,8 @@ class Inference:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """No gradients, and one thread where the network is small; every other method is called within."""
-        before = torch.get_num_threads()
-        if self.threads != before:
-            torch.set_num_threads(self.threads)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            if self.threads != before:
-                torch.set_num_threads(before)
+        with torch.no_grad(), threads(self.threads):
+            yield
 
     def _choose_backend(self) -> str:
         """The explicit backend, or the first of cpu, aten, reference that takes this network: one for all shapes."""
@@ -119,21 +138,23 @@ class Inference:
         rows = ids.shape[1]
         if self.backend == "cpu":
             return self._run(ids, state)
-        sizes = (1,) if ids.shape[0] >= ALONE_STEPS else self._cell_blocks(ids.shape[0])
-        pieces = [
-            _narrow(self._run(_fill(ids, start, size), _map(state, _fill, start, size)), 0, rows - start)
-            for start, size in blocks(rows, sizes)
-        ]
+        safe = ALONE if ids.shape[0] >= ALONE_STEPS else self._cell_blocks(ids.shape[0])
+        with threads(safe.threads):
+            pieces = [
+                _narrow(self._run(_fill(ids, start, size), _map(state, _fill, start, size)), 0, rows - start)
+                for start, size in blocks(rows, safe.sizes)
+            ]
         return pieces[0] if len(pieces) == 1 else _cat(pieces)
 
     def logits(self, state: State) -> Tensor:
         """Logits (n, V) float32 of the token that follows ``state``."""
         h = state[0][-1] if isinstance(state, tuple) else state[-1]
-        rows = h.shape[0]
-        pieces = [
-            F.linear(_fill(h, start, size, 0), self.head.weight, self.head.bias)[: rows - start]
-            for start, size in blocks(rows, self._head_blocks())
-        ]
+        rows, safe = h.shape[0], self._head_blocks()
+        with threads(safe.threads):
+            pieces = [
+                F.linear(_fill(h, start, size, 0), self.head.weight, self.head.bias)[: rows - start]
+                for start, size in blocks(rows, safe.sizes)
+            ]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).float()
 
     def prefill(self, prompts: Sequence[Tensor], state: State) -> State:
@@ -174,47 +195,46 @@ class Inference:
 
     def outputs(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """y (T, n, H) of the top layer and the state after ids (T, n), as one call whatever n is."""
-        with backends.backend(self.backend):
-            return ops.stack(
-                self.rnn.mode, F.embedding(ids, self.table), state, self.weights, bias=self.rnn.bias,
-                num_layers=self.config.num_layers, dropout=0.0, training=False, bidirectional=False,
-            )  # fmt: skip
+        return self._stack(F.embedding(ids, self.table), state, self.weights)
 
     def _run(self, ids: Tensor, state: State) -> State:
         return self.outputs(ids, state)[1]
 
-    def _cell_blocks(self, steps: int) -> tuple[int, ...]:
+    def _stack(self, x: Tensor, state: State, weights: list[Tensor]) -> tuple[Tensor, State]:
+        with backends.backend(self.backend):
+            return ops.stack(
+                self.rnn.mode, x, state, weights, bias=self.rnn.bias, num_layers=self.config.num_layers, dropout=0.0,
+                training=False, bidirectional=False,
+            )  # fmt: skip
+
+    def _random(self, *shape: int) -> Tensor:
+        """Numbers in [-1, 1), the same ones each time, to measure with: a model's own may be all zero, or NaN."""
+        chance = torch.Generator().manual_seed(21)
+        return torch.rand(shape, generator=chance).mul(2).sub(1).to(self.device, self.dtype)
+
+    def _cell_blocks(self, steps: int) -> Blocks:
         rows = BLOCK_ROWS[0] if steps == 1 else 2 * BLOCK_ROWS[-1]
         key = ("cell", self.backend, steps, *self.shape)
         if key in _measured:
             return _measured[key]
-        chance = torch.Generator().manual_seed(21)
-        ids = torch.randint(self.config.vocab_size, (steps, rows), generator=chance).to(self.device)
-        state = _map(
-            self.zero_state(rows),
-            lambda s: torch.rand(s.shape, generator=chance).mul(2).sub(1).to(self.device, self.dtype),
-        )
+        weights = [self._random(*weight.shape) / self.config.hidden_size**0.5 for weight in self.weights]
+        x = self._random(steps, rows, self.table.shape[1])
+        state = _map(self.zero_state(rows), lambda s: self._random(*s.shape))
 
         def run(numbers: Tensor) -> Tensor:
             numbers = numbers.to(self.device)
-            after = self._run(ids[:, numbers], take(state, numbers))
+            after = self._stack(x[:, numbers], take(state, numbers), weights)[1]
             parts = after if isinstance(after, tuple) else (after,)
             return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1)
 
         return independent_blocks(key, run, rows)
 
-    def _head_blocks(self) -> tuple[int, ...]:
+    def _head_blocks(self) -> Blocks:
         key = ("head", self.config.vocab_size, *self.shape)
         if key in _measured:
             return _measured[key]
-        chance = torch.Generator().manual_seed(22)
-        h = (
-            torch.rand(BLOCK_ROWS[0], self.config.hidden_size, generator=chance)
-            .mul(2)
-            .sub(1)
-            .to(self.device, self.dtype)
-        )
-        weight, bias = self.head.weight, self.head.bias
+        h, weight = self._random(BLOCK_ROWS[0], self.config.hidden_size), self._random(*self.head.weight.shape)
+        bias = self._random(self.config.vocab_size)
         return independent_blocks(key, lambda numbers: F.linear(h[numbers.to(h.device)], weight, bias), BLOCK_ROWS[0])
 
 
