@@ -83,4 +83,10 @@ def check_request(request: Request, network: Network, known_state: SequenceState
         raise ValueError(f"prompt ids must be in 0 .. {config.vocab_size - 1}, got {int(wrong)}")
     if request.state is not None and request.state is not known_state:
         request.state.check(network)
+        window = (request.window or config.window or 0) if config.state == "window" else 0
+        if len(request.state.tail) < min(window, request.state.length):
+            raise ValueError(
+                f"this state keeps the last {len(request.state.tail)} of {request.state.length} ids, too few for a window "
+                f"of {window}: prefill with window={window}"
+            )
     return prompt

@@ -375,6 +375,8 @@ def test_a_window_given_with_the_request_replaces_the_config_s() -> None:
     assert state.tail.tolist() == [1, 2, 3, 4, 5, 6]
     shared = run(narrow, [Request([], 9, state=state, window=7)])[0].token_ids
     assert shared == run(wide, [Request([1, 2, 3, 4, 5, 6], 9)])[0].token_ids
+    with pytest.raises(ValueError, match="keeps the last 2 of 3 ids, too few for a window of 7: prefill with window=7"):
+        run(narrow, [Request([], 9, state=prefill(narrow, [1, 2, 3]), window=7)])
 
 
 def test_float64_networks_and_batch_size_zero() -> None:
