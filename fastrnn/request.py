@@ -86,7 +86,7 @@ def check_request(request: Request, network: Network, known_state: SequenceState
         window = (request.window or config.window or 0) if config.state == "window" else 0
         if len(request.state.tail) < min(window, request.state.length):
             raise ValueError(
-                f"this state keeps the last {len(request.state.tail)} of {request.state.length} ids, too few for a window "
-                f"of {window}: prefill with window={window}"
+                f"this state keeps the last {len(request.state.tail)} of {request.state.length} ids, too few "
+                f"for a window of {window}: prefill with window={window}"
             )
     return prompt
