@@ -81,8 +81,9 @@ def check_request(request: Request, network: Network, known_state: SequenceState
     if len(prompt) and not (0 <= int(prompt.min()) and int(prompt.max()) < config.vocab_size):
         wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)][0]
         raise ValueError(f"prompt ids must be in 0 .. {config.vocab_size - 1}, got {int(wrong)}")
-    if request.state is not None and request.state is not known_state:
-        request.state.check(network)
+    if request.state is not None:
+        if request.state is not known_state:
+            request.state.check(network)
         window = (request.window or config.window or 0) if config.state == "window" else 0
         if len(request.state.tail) < min(window, request.state.length):
             raise ValueError(
