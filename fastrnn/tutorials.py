@@ -223,8 +223,8 @@ TUTORIALS = {
         "[python] Theano for text generation (2023)",
         "tanh RNN of 128 on one-hot words, V = 10,000, weights from N(0, 0.01), zero biases, batches of 32, lr 0.01",
         (
-            "its text says LSTM and Adam, its code is a tanh RNN and plain SGD: as written runs the code's SGD; the "
-            "other modes train with both, because SGD at 0.01 learns little more than that some words are rare",
+            "its text says LSTM and Adam, its code is a tanh RNN and plain SGD: as written is the code; the other "
+            "modes train with SGD and with Adam",
             "`order`, the words that predict the next, is not defined: 4, the length of its seed",
             "its loop over `inputs` takes the rows of a batch for time steps; here rows are rows and steps are steps",
             "generation reads only the last id of the seed; here both ways are shown",
