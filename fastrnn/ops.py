@@ -55,10 +55,10 @@ def sample(
 
 def transform() -> str:
     """What surrounds this call and decides how it runs: a compiler, ``torch.func``, forward-mode AD, or nothing."""
-    if torch.compiler.is_compiling():
-        return "torch.compile"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
+    if torch.compiler.is_compiling():
+        return "torch.compile"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     return "forward-mode AD" if forward_ad._current_level >= 0 else ""
@@ -95,6 +95,8 @@ def _layer(cell: str, args: tuple) -> tuple[Tensor, ...]:
     tail = () if cell == "rnn" else (needs_grad,)
     if surroundings == "torch.compile":
         return getattr(torch.ops.fastrnn, forward)(*args, *tail)
+    if torch.compiler.is_compiling():  # a transform inside a compiled region: only plain PyTorch can be traced through
+        return getattr(reference, forward)(*args, *(() if cell == "rnn" else (False,)))
     a, x = dict(zip(ARGUMENTS[forward], args)), args[0]
     call = Call(
         cell, x.device.type, x.dtype, *x.shape, a["w_hh"].shape[0] // GATES[cell], lengths=a["lengths"] is not None,
@@ -132,7 +134,7 @@ def stack(
     """
     cell = mode.partition("_")[0].lower()
     states = hx if cell == "lstm" else (hx,)
-    if transform() != "torch.compile":
+    if not torch.compiler.is_compiling():
         time, batch = (len(batch_sizes), int(batch_sizes[0])) if batch_sizes is not None else x.shape[:2]
         needs_grad = _needs_grad((x, *states, *weights))
         dtype = _autocast_dtype(x.device.type) or x.dtype

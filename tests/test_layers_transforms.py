@@ -214,6 +214,20 @@ def test_vmap_per_sample_gradients(name):
             torch.testing.assert_close(batched[key][k], expected)
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_per_sample_gradients_within_a_compiled_region(name):
+    module = _module(name)
+    params = {key: p.detach() for key, p in module.named_parameters()}
+    x = torch.stack([_input(name, 1) for _ in range(3)])
+
+    def loss(params, sample):
+        return flat(functional_call(module, params, (sample,)))[0].square().sum()
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))
+    compiled = torch.compile(per_sample, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(params, x), per_sample(params, x))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ensemble(name):
     modules = [_module(name).double() for _ in range(3)]
