@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .backends import backend
+from .batching import Batch
 from .config import TrainConfig
 from .corpora import load_corpus
+from .inference import Inference
 from .models import Generation, LanguageModel
 from .prepare import prepare
-from .sampling import SamplingParams, sample
+from .sampling import sample
 from .train import train
 
 NAMES = "names.txt"
@@ -40,11 +45,11 @@ class Scale:
     batch: int
     checked: int
     raced: int
-    hidden: int = 192
+    hidden: int = 160
 
 
-FULL = Scale(steps=950, train_time=26.0, names=100_000, slices=5, batch=1024, checked=256, raced=4096)
-QUICK = Scale(steps=60, train_time=10.0, names=200, slices=1, batch=64, checked=16, raced=128, hidden=32)
+FULL = Scale(steps=1250, train_time=28.0, names=100_000, slices=8, batch=1024, checked=256, raced=4096)
+QUICK = Scale(steps=60, train_time=10.0, names=200, slices=2, batch=64, checked=16, raced=128, hidden=32)
 LONGEST = 96  # tokens; the longest of Unicode's names has fewer
 
 
@@ -85,7 +90,7 @@ def learn(scale: Scale, out: Path, seed: int) -> tuple[LanguageModel, dict[str, 
     )  # fmt: skip
     prepared = prepare(load_corpus("unicode-names"), config)
     torch.manual_seed(seed)
-    model = prepared.model(cell="gru", hidden_size=scale.hidden, embedding_dim=scale.hidden // 3)
+    model = prepared.model(cell="gru", hidden_size=scale.hidden, embedding_dim=scale.hidden // 5)
 
     def show(record: dict[str, Any]) -> None:
         if record["event"] == "sample":
@@ -93,25 +98,54 @@ def learn(scale: Scale, out: Path, seed: int) -> tuple[LanguageModel, dict[str, 
         elif record["event"] == "train" and record["step"] % 200 == 0:
             say(f"  step {record['step']}: loss {record['loss']:.3f}, {record['tok_per_s']:,} tok/s")
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(quickest_threads(model, next(iter(prepared.valid))))
     result = train(model, prepared.train, config, valid=prepared.valid, out=out, on_event=show,
                    chars_per_token=prepared.chars_per_token)  # fmt: skip
+    torch.set_num_threads(threads)
     if result.signal is not None:
         raise KeyboardInterrupt
     return model.eval(), result.best
 
 
+def quickest_threads(model: LanguageModel, batch: Batch) -> int:
+    """1 or all of torch's threads, whichever runs a batch forward and backward sooner now; a busy machine wants 1."""
+    seconds = {}
+    for threads in {torch.get_num_threads(), 1}:
+        torch.set_num_threads(threads)
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            model(batch.inputs, reset=batch.reset)[0].sum().backward()
+            runs.append(time.perf_counter() - start)
+        seconds[threads] = statistics.median(runs)
+    model.zero_grad()
+    return min(seconds, key=seconds.__getitem__)
+
+
 def write_names(model: LanguageModel, scale: Scale, out: Path, seed: int) -> tuple[list[Generation], float]:
-    """Generate ``scale.names`` names into a file, in slices, so that one can watch; the outputs, and the seconds."""
+    """Generate ``scale.names`` names into a file, in slices, so that one can watch; the outputs, and the seconds.
+
+    A small network runs on one thread, so the slices are shared out among as many Python threads as torch would use, up
+    to four: the tokens do not depend on it.
+    """
     outputs: list[Generation] = []
+    each = scale.names // scale.slices
     start = time.perf_counter()
-    with open(out / NAMES, "w", encoding="utf-8") as file:
-        for number in range(scale.slices):
-            outputs += model.generate(
-                "", num_return_sequences=scale.names // scale.slices, max_new_tokens=LONGEST, seed=seed,
-                sequence_id=number, batch_size=scale.batch,
-            )  # fmt: skip
-            file.writelines(output.text + "\n" for output in outputs[-(scale.names // scale.slices) :])
-            say(f"  {len(outputs):,} names, such as {outputs[-1].text}")
+
+    def slice_of_names(number: int) -> list[Generation]:
+        torch.set_num_threads(1)
+        return model.generate(
+            "", num_return_sequences=each, max_new_tokens=LONGEST, seed=seed, sequence_id=number,
+            batch_size=scale.batch,
+        )  # fmt: skip
+
+    workers = min(torch.get_num_threads(), 4)
+    with open(out / NAMES, "w", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
+        for part in pool.map(slice_of_names, range(scale.slices)):
+            file.writelines(output.text + "\n" for output in part)
+            outputs += part
+            say(f"  {len(outputs):,} names, such as {part[0].text}")
     return outputs, time.perf_counter() - start
 
 
@@ -121,18 +155,18 @@ def novelty(outputs: Sequence[Generation], corpus: Sequence[str]) -> str:
     return f"of them {len(written):,} are different, and {len(written - known):,} are no character's name yet"
 
 
-class PlainModel:
-    """The same weights in torch.nn modules, without anything of ours."""
+class PlainModel(nn.Module):
+    """A copy of the weights in torch.nn modules, without anything of ours."""
 
-    def __init__(self, model: LanguageModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
         config = model.config
-        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim, dtype=dtype)
-        self.rnn = nn.GRU(config.embedding_dim, config.hidden_size, config.num_layers, dtype=dtype)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, dtype=dtype)
-        for part in ("embedding", "rnn", "head"):
-            getattr(self, part).load_state_dict(getattr(model, part).state_dict())
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.rnn = nn.GRU(config.embedding_dim, config.hidden_size, config.num_layers)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.load_state_dict(model.state_dict())
 
-    def __call__(self, ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (T, B, V) and the state after ids (T, B)."""
         y, state = self.rnn(self.embedding(ids), state)
         return self.head(y), state
@@ -154,9 +188,10 @@ def check(model: LanguageModel, plain: PlainModel, outputs: Sequence[Generation]
     for row, output in enumerate(outputs):
         ids[1 : len(output.token_ids) + 1, row] = torch.tensor(output.token_ids)
     real = torch.arange(length)[:, None] < torch.tensor([len(output.token_ids) for output in outputs])
-    ours = model(ids[:-1].t())[0].transpose(0, 1)[real]
+    with backend(Inference(model).backend):  # the kernels that generated
+        ours = model(ids[:-1].t())[0].transpose(0, 1)[real]
     theirs = plain(ids[:-1])[0][real]
-    exact = PlainModel(model, torch.float64)(ids[:-1])[0][real]
+    exact = copy.deepcopy(plain).double()(ids[:-1])[0][real]
     error, allowed = (ours - exact).abs().max(), 3 * (theirs - exact).abs().max() + 1e-6
     if not error <= allowed:
         raise DemoError(f"the logits differ by {error:.2e} from float64, nn.GRU's by {allowed / 3:.2e}")
@@ -164,7 +199,7 @@ def check(model: LanguageModel, plain: PlainModel, outputs: Sequence[Generation]
     steps, rows = real.nonzero(as_tuple=True)
     sequences = torch.tensor([output.sequence for output in outputs])[rows]
     with backend("reference"):
-        draw = sample(theirs, SamplingParams(), seed=seed, sequence=sequences, step=steps)
+        draw = sample(theirs, seed=seed, sequence=sequences, step=steps, return_details=True)
     moved = (ours - theirs).abs().max()
     decided = 2 * (draw.margin - 1e-6) > moved
     if wrong := int((decided & (draw.token != ids[1:][real])).sum()):
