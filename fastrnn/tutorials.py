@@ -100,7 +100,7 @@ def _pytorch_lstm(mode: str) -> tuple[Plan, ...]:
 
 
 def _theano(mode: str) -> tuple[Plan, ...]:
-    steps = {"quick": 100, "default": 4000, "as-written": None}[mode]
+    steps = {"quick": 100, "default": 3000, "as-written": None}[mode]
     length = {"max_steps": steps} if steps else {"max_epochs": 100}
     changes = ("it names no text: Python's documentation and the names of Unicode's characters have 10,000 words",)
     if steps:
