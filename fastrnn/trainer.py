@@ -257,6 +257,7 @@ class Run:
         result = self.model.generate(
             self.prompt, max_new_tokens=config.sample_tokens, temperature=config.sample_temperature,
             seed=config.seed,
+            sequence_id=self.step,
         )  # fmt: skip
         self._emit("sample", {"text": result.text, "prompt": self.prompt})
 

@@ -67,4 +67,4 @@ def test_the_check_finds_wrong_tokens_seeds_and_weights(generated):
 def test_the_race_counts_names(generated):
     model, _ = generated
     scale = demo.Scale(steps=1, train_time=1, names=1, slices=1, batch=4, checked=1, raced=8)
-    assert demo.race(demo.PlainModel(model), scale, model) > 0
+    assert demo.race(demo.PlainModel(model), scale, model, 1) > 0
