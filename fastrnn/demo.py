@@ -48,7 +48,7 @@ class Scale:
     hidden: int = 160
 
 
-FULL = Scale(steps=1250, train_time=28.0, names=100_000, slices=8, batch=1024, checked=256, raced=2048)
+FULL = Scale(steps=1150, train_time=26.0, names=100_000, slices=8, batch=1024, checked=256, raced=2048)
 QUICK = Scale(steps=60, train_time=10.0, names=200, slices=2, batch=64, checked=16, raced=128, hidden=32)
 LONGEST = 96  # tokens; the longest of Unicode's names has fewer
 

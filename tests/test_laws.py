@@ -31,7 +31,7 @@ PRODUCT = (
     ("models", "defaults", "planning", "results"),
     ("train", "trainer", "prepare", "evaluate", "metrics"),
     ("tutorials", "recipes"),
-    ("info", "jsonl"),
+    ("info", "jsonl", "demo"),
     ("cli", "__main__"),  # and every cli_*
 )
 
