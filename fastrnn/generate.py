@@ -31,20 +31,15 @@ class _Row:
         self.mode_of = request.sampling.mode_of
         self.completion = Completion(index, [], [] if request.logprobs else None, length)
 
-    @property
-    def live(self) -> bool:
-        return not self.completion.finish_reason
-
-    def accept(self, token: int, logprob: float | None) -> None:
-        """Append a token and see whether it ends the row."""
-        completion = self.completion
-        completion.token_ids.append(token)
-        if logprob is not None and completion.logprobs is not None:
-            completion.logprobs.append(logprob)
+    def accept(self, token: int) -> str:
+        """Append a token; the finish_reason if it ends the row, otherwise ""."""
+        ids = self.completion.token_ids
+        ids.append(token)
         if token in self.request.eos:
-            completion.finish_reason = "eos"
-        elif len(completion.token_ids) >= self.request.max_new_tokens:
-            completion.finish_reason = "length"
+            self.completion.finish_reason = "eos"
+        elif len(ids) >= self.request.max_new_tokens:
+            self.completion.finish_reason = "length"
+        return self.completion.finish_reason
 
 
 def _signed(number: int) -> int:
@@ -69,6 +64,7 @@ class Engine:
         self.exhausted = False  # no request is pending
         self.known_state: SequenceState | None = None  # the last one that was checked: requests often share it
         self.rows: list[_Row] = []
+        self.ended = False  # some of the rows have a finish_reason
         self.completions: list[Completion] = []
         self.drawn: Tensor | None = None  # (n,) tokens of the last step, on the device
         self.state: State | None = None  # carried: state of the rows, (L, n, H)
@@ -82,6 +78,7 @@ class Engine:
         for row in self.rows:
             if row.completion.index == index and row.completion.finish_reason in ("", "length"):
                 row.completion.finish_reason = "stop"
+                self.ended = True
 
     @property
     def busy(self) -> bool:
@@ -108,10 +105,11 @@ class Engine:
 
     def _drop_finished(self) -> None:
         """Report finished rows and close the gaps they leave."""
-        kept = [r for r, row in enumerate(self.rows) if row.live]
-        if len(kept) == len(self.rows):
+        if not self.ended:
             return
-        self.completions += [row.completion for row in self.rows if not row.live]
+        self.ended = False
+        kept = [r for r, row in enumerate(self.rows) if not row.completion.finish_reason]
+        self.completions += [row.completion for row in self.rows if row.completion.finish_reason]
         number = torch.tensor(kept, dtype=torch.int64, device=self.inference.device)
         self.rows = [self.rows[r] for r in kept]
         self.drawn, self.numbers, self.reals = self.drawn[number], self.numbers[:, number], self.reals[:, number]
@@ -211,15 +209,24 @@ class Engine:
         self.numbers[4] += 1
         if self.seen is not None:
             self.seen.scatter_(1, token.unsqueeze(1), True)
-        logprobs = logprob.tolist() if wanted else [None] * len(rows)
+        if wanted:
+            for row, probability, code in zip(rows, logprob.tolist(), status.tolist()):
+                if row.completion.logprobs is not None and not code:
+                    row.completion.logprobs.append(probability)
+        return self._record(token.tolist(), status.tolist() if bool(status.any()) else None)
+
+    def _record(self, tokens: list[int], failures: list[int] | None) -> list[tuple[int, int]]:
+        """Give every row its token, or its error where ``failures`` has a status; the (index, token) pairs."""
         events = []
-        for row, one, probability, code in zip(rows, token.tolist(), logprobs, status.tolist()):
-            if code:
-                row.completion.finish_reason = "error"
-                row.completion.error = f"token {len(row.completion.token_ids)} cannot be drawn: {STATUS_TEXTS[code]}"
-            else:
-                row.accept(one, probability)
-                events.append((row.completion.index, one))
+        for r, (row, token) in enumerate(zip(self.rows, tokens)):
+            completion = row.completion
+            if failures is not None and failures[r]:
+                completion.finish_reason, self.ended = "error", True
+                completion.error = f"token {len(completion.token_ids)} cannot be drawn: {STATUS_TEXTS[failures[r]]}"
+                continue
+            if row.accept(token):
+                self.ended = True
+            events.append((completion.index, token))
         return events
 
     def _sample(self, logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -163,12 +163,12 @@ class Inference:
         A prompt runs as floor(length / 1024) pieces of 1024 ids, then one piece for each power of two in the rest: no
         padding, at most 11 sizes, and the rows that share a size share a call.
         """
-        done = [0] * len(prompts)
-        longest = max((len(prompt) for prompt in prompts), default=0)
+        left, done = [len(prompt) for prompt in prompts], [0] * len(prompts)
+        longest = max(left, default=0)
         sizes = [CHUNK_STEPS] * (longest // CHUNK_STEPS)
         sizes += [1 << bit for bit in reversed(range(CHUNK_STEPS.bit_length() - 1))]
         for size in sizes:
-            rows = [r for r, prompt in enumerate(prompts) if len(prompt) - done[r] >= size]
+            rows = [r for r, length in enumerate(left) if length >= size] if size <= longest else []
             for at in range(0, len(rows), max(1, TOKENS_AT_ONCE // size)):
                 group = rows[at : at + max(1, TOKENS_AT_ONCE // size)]
                 ids = torch.stack([prompts[r][done[r] : done[r] + size] for r in group], 1).to(self.device)
@@ -177,6 +177,7 @@ class Inference:
                 state = after if len(group) == len(prompts) else _put(state, number, after)
                 for r in group:
                     done[r] += size
+                    left[r] -= size
         return state
 
     def window_logits(self, tails: Sequence[Tensor]) -> Tensor:

@@ -87,7 +87,8 @@ class Tokenizer:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Build the table of the fast path: code point -> id, or byte -> id, and id -> bytes."""
+        """Build the tables of the fast paths: code point -> id, or byte -> id; id -> bytes; id -> is it no special."""
+        self._shown = np.array([i not in self.specials for i in range(self.vocab_size)])
         if self.kind == "char":
             chars = {ord(p): i for p, i in self._vocab.items() if len(p) == 1}
             self._table = np.full(max(chars, default=0) + 2, -1, np.int32)
@@ -230,7 +231,7 @@ class Tokenizer:
         maximal part."""
         array = self._checked(ids)
         if skip_specials and self.specials:
-            array = array[~np.isin(array, list(self.specials))]
+            array = array[self._shown[array]]
         listed: list[int] = array.tolist()
         if self.kind in ("byte", "bpe"):
             return b"".join(map(self._bytes.__getitem__, listed)).decode("utf-8", "replace")
