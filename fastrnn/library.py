@@ -151,25 +151,36 @@ def _backward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...
     it gets no gradient of its own. Made of plain PyTorch, this is differentiable any number of times.
     """
     a, cell = _named(ctx), cell_of(op)
-    cotangents = _cotangents(cell)
-    arguments = [name for name in GRADIENTS[cell] if a[name] is not None]
-    forward_op = getattr(reference, f"{cell}_forward")
-
-    def forward(*values: Tensor) -> tuple[Tensor, ...]:
-        given = a | dict(zip(arguments, values)) | {"save": False}
-        return forward_op(*(given[name] for name in ARGUMENTS[f"{cell}_forward"]))[: len(cotangents)]
-
-    def backward(*values: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(forward, *values[len(cotangents) :])[1](values[: len(cotangents)])
-
+    names = [name for name in (*_cotangents(cell), *GRADIENTS[cell]) if a[name] is not None]
+    arguments = names[len(_cotangents(cell)) :]
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Copies of their own, tied to the given tensors only where a graph of this gradient is wanted.
+        given = a | {name: _own(a[name], higher) for name in names} | {"save": False}
+        outputs = getattr(reference, f"{cell}_forward")(*(given[name] for name in ARGUMENTS[f"{cell}_forward"]))
+        cotangents = [given[name] for name in _cotangents(cell)]
+        first = _gradients(outputs, [given[name] for name in arguments], cotangents, True)
     by_name = dict(zip(RESULTS[op], grads))
     weights = [by_name[GRADIENTS[cell][name]] for name in arguments]
     if cell != "gru" and "b_hh" in arguments:  # `db` serves both biases: its cotangent counts once
         weights[arguments.index("b_hh")] = torch.zeros_like(a["b_hh"])
-    names = [*cotangents, *arguments]
-    found = torch.func.vjp(backward, *(a[name] for name in names))[1](tuple(weights))
+    found = _gradients(first, [given[name] for name in names], weights, higher)
     gradients = dict(zip(names, found))
     return tuple(gradients.get(name) for name in ARGUMENTS[op])
+
+
+def _gradients(outputs: Sequence[Tensor], inputs: list[Tensor], weights: list[Tensor], graph: bool):
+    """`torch.autograd.grad` that passes over outputs without a graph: an empty sequence has such."""
+    used = [(output, weight) for output, weight in zip(outputs, weights) if output.requires_grad]
+    if not used:
+        return [torch.zeros_like(t) for t in inputs]
+    outputs, weights = zip(*used)
+    return torch.autograd.grad(outputs, inputs, weights, create_graph=graph, materialize_grads=True)
+
+
+def _own(tensor: Tensor, tied: bool) -> Tensor:
+    """The same values as a tensor to differentiate by; ``tied`` keeps it part of the graph of ``tensor``."""
+    return tensor.view_as(tensor) if tied and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 # --- autocast -------------------------------------------------------------------------------------------------------

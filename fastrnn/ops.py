@@ -18,6 +18,9 @@ from . import aten, backends, reference
 from .backends import Call
 from .library import ARGUMENTS, GATES, cast, run_sample
 
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "privateuseone")
+_AUTOCAST = frozenset(device for device in _DEVICES if torch.amp.is_autocast_available(device))
+
 
 def lstm(
     x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
@@ -75,8 +78,7 @@ def _plain(args: Sequence) -> bool:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype of the autocast region around this call; None outside one and on devices without autocast (meta)."""
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else None
+    return torch.get_autocast_dtype(device) if device in _AUTOCAST and torch.is_autocast_enabled(device) else None
 
 
 def _in_autocast(args: tuple) -> tuple:

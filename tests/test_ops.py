@@ -106,6 +106,17 @@ def test_first_and_second_derivative(kind, reverse):
 
 
 @pytest.mark.parametrize("kind", CELLS)
+def test_second_derivative_of_an_empty_sequence(kind):
+    """Without steps hn = h0, so the second derivative of (sum of hn * h0) by h0 is a constant 2."""
+    cell, a = arguments(kind, time=0, masked=False)
+    hn = getattr(torch.ops.fastrnn, f"{cell}_forward")(*(a[n] for n in ARGUMENTS[f"{cell}_forward"]))[1]
+    (first,) = torch.autograd.grad((hn * a["h0"]).sum(), a["h0"], create_graph=True)
+    assert_close(first, 2 * a["h0"])
+    (second,) = torch.autograd.grad(first.sum(), a["h0"])
+    assert_close(second, torch.full_like(second, 2))
+
+
+@pytest.mark.parametrize("kind", CELLS)
 def test_third_derivative_equals_the_definition(kind):
     """Autograd through the op, three times, equals autograd through the plain PyTorch definition."""
     cell, a = arguments(kind, time=2, batch=1, inputs=2, hidden=2)
