@@ -9,6 +9,7 @@ run, after the outputs and the gradients of all of them have been compared with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def runner(layer: nn.Module, x: Tensor, backend: str | None, onednn: bool, gradi
     """A call of ``layer`` under the given settings; with ``gradient`` forward and backward."""
 
     def run() -> Tensor:
-        with fastrnn.backend(backend), torch.backends.mkldnn.flags(enabled=onednn), torch.set_grad_enabled(gradient):
+        no_onednn = contextlib.nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False)
+        with fastrnn.backend(backend), no_onednn, torch.set_grad_enabled(gradient):
             y = layer(x)[0]
             if gradient:
                 y.backward(y.detach())

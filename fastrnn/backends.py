@@ -140,20 +140,23 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
     if call.op not in CELLS:
         return ("cpu", "C++ kernels"), last
     fused = ("aten", "PyTorch's fused RNN runs the whole stack in one call")
-    if _few_rows(call):
-        return ("cpu", "few rows: the C++ kernels pack no weights and have no cost a step"), fused, last
+    if _little_work(call):
+        return ("cpu", "little work a step: the C++ kernels pack no weights and have no cost a step"), fused, last
     return fused, ("cpu", "C++ kernels"), last
 
 
-def _few_rows(call: Call) -> bool:
-    """Where the C++ kernels beat PyTorch on a CPU, measured on one core: B up to 16, less where oneDNN has an LSTM.
+def _little_work(call: Call) -> bool:
+    """Where the C++ kernels beat PyTorch on a CPU (bench/results/sequence.csv): where a step is so little work that
+    PyTorch's cost a step counts; less often for the LSTM, which oneDNN has.
 
     With a gradient a single step is dearer through the registered op than through PyTorch's own autograd.
     """
     single_step = call.time == 1
     if call.op == "lstm":
         return call.batch <= 2 or (single_step and call.batch <= 16 and (call.hidden >= 128 or not call.needs_grad))
-    return call.batch <= 16 and not (single_step and call.needs_grad)
+    if single_step:
+        return call.batch <= 16 and not call.needs_grad
+    return call.batch <= 2 or call.batch * call.hidden <= 4096
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------

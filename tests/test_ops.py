@@ -313,10 +313,12 @@ def test_double_backward_through_the_fused_rnn():
         (dict(op="lstm", time=1, batch=16), True),
         (dict(op="lstm", time=1, batch=16, needs_grad=True), False),
         (dict(op="gru", time=100, batch=16, needs_grad=True), True),
-        (dict(op="gru", time=100, batch=64), False),
+        (dict(op="gru", time=100, batch=64, hidden=64), True),
+        (dict(op="gru", time=100, batch=64, hidden=256), False),
+        (dict(op="gru", time=100, batch=1, hidden=5000), True),
         (dict(op="rnn", time=1, batch=4, needs_grad=True), False),
     ],
 )
-def test_few_rows_prefer_the_kernels(change, few):
+def test_little_work_a_step_prefers_the_kernels(change, few):
     first = backends.preference(CALL._replace(**change))[0][0]
     assert first == ("cpu" if few else "aten")
