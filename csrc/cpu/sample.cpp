@@ -84,7 +84,7 @@ FR_HD double log2_total(uint64_t total, size_t tiles) {
 Cut select(std::vector<uint32_t>& keys, std::vector<uint64_t>* weights, int64_t n, uint64_t target) {
   uint64_t histogram[2048];
   Cut cut{0, 0};
-  uint64_t above = 0;  // weight of all larger keys
+  uint64_t above = 0;                        // weight of all larger keys
   const int digit_bits = n > 4096 ? 11 : 8;  // clearing and reading the histogram is most of the work on few keys
   for (int shift = 32; shift > 0;) {
     const int width = std::min(digit_bits, shift);
