@@ -7,8 +7,10 @@ and of (seed, sequence, k), and `inference.Inference` makes the logits a functio
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,16 +32,6 @@ class _Row:
         length = len(prompt) + (request.state.length if request.state else 0)
         self.mode_of = request.sampling.mode_of
         self.completion = Completion(index, [], [] if request.logprobs else None, length)
-
-    def accept(self, token: int) -> str:
-        """Append a token; the finish_reason if it ends the row, otherwise ""."""
-        ids = self.completion.token_ids
-        ids.append(token)
-        if token in self.request.eos:
-            self.completion.finish_reason = "eos"
-        elif len(ids) >= self.request.max_new_tokens:
-            self.completion.finish_reason = "length"
-        return self.completion.finish_reason
 
 
 def _signed(number: int) -> int:
@@ -64,7 +56,15 @@ class Engine:
         self.exhausted = False  # no request is pending
         self.known_state: SequenceState | None = None  # the last one that was checked: requests often share it
         self.rows: list[_Row] = []
-        self.ended = False  # some of the rows have a finish_reason
+        self.ended: set[int] = set()  # which of the rows have a finish_reason
+        # Of the rows, in their order, so that a step costs no Python loop over them: the index of the request, the list
+        # that its tokens go to, how many are left to draw, and the ids that end it, filled up with -1.
+        self.indices: list[int] = []
+        self.token_ids: list[list[int]] = []
+        self.left = np.empty(0, np.int64)
+        self.eos = np.empty((0, 1), np.int64)
+        self.modes: Counter[int] = Counter()  # mode_of -> rows
+        self.logprob_rows = 0
         self.completions: list[Completion] = []
         self.drawn: Tensor | None = None  # (n,) tokens of the last step, on the device
         self.state: State | None = None  # carried: state of the rows, (L, n, H)
@@ -75,10 +75,10 @@ class Engine:
 
     def stop(self, index: int) -> None:
         """End the row of request ``index`` with finish_reason ``stop``; nothing if it has failed or drawn an eos."""
-        for row in self.rows:
-            if row.completion.index == index and row.completion.finish_reason in ("", "length"):
-                row.completion.finish_reason = "stop"
-                self.ended = True
+        if index in self.indices:
+            r = self.indices.index(index)
+            if self.rows[r].completion.finish_reason in ("", "length"):
+                self._end(r, "stop")
 
     @property
     def busy(self) -> bool:
@@ -107,9 +107,14 @@ class Engine:
         """Report finished rows and close the gaps they leave."""
         if not self.ended:
             return
-        self.ended = False
-        kept = [r for r, row in enumerate(self.rows) if not row.completion.finish_reason]
-        self.completions += [row.completion for row in self.rows if row.completion.finish_reason]
+        for row in (self.rows[r] for r in sorted(self.ended)):
+            self.completions.append(row.completion)
+            self.modes -= Counter([row.mode_of])
+            self.logprob_rows -= row.request.logprobs
+        kept = [r for r in range(len(self.rows)) if r not in self.ended]
+        self.ended.clear()
+        self.indices, self.token_ids = [self.indices[r] for r in kept], [self.token_ids[r] for r in kept]
+        self.left, self.eos = self.left[kept], self.eos[kept]
         number = torch.tensor(kept, dtype=torch.int64, device=self.inference.device)
         self.rows = [self.rows[r] for r in kept]
         self.drawn, self.numbers, self.reals = self.drawn[number], self.numbers[:, number], self.reals[:, number]
@@ -149,8 +154,23 @@ class Engine:
             return []
         logits = self._prefill(new)
         self._add_columns(new)
-        self.rows += new
+        self._add_rows(new)
         return [logits]
+
+    def _add_rows(self, new: list[_Row]) -> None:
+        """What the host keeps of new rows."""
+        self.rows += new
+        self.indices += [row.completion.index for row in new]
+        self.token_ids += [row.completion.token_ids for row in new]
+        self.modes.update(row.mode_of for row in new)
+        self.logprob_rows += sum(row.request.logprobs for row in new)
+        self.left = np.append(self.left, [row.request.max_new_tokens for row in new])
+        width = max(self.eos.shape[1], *(len(row.request.eos) for row in new))
+        eos = np.full((len(self.rows), width), -1)
+        eos[: len(self.eos), : self.eos.shape[1]] = self.eos
+        for r, row in enumerate(new, len(self.eos)):
+            eos[r, : len(row.request.eos)] = list(row.request.eos)
+        self.eos = eos
 
     def _prefill(self, new: list[_Row]) -> Tensor:
         """Logits (k, V) after the prompts of new rows, whose state or tails are added to those of the running rows."""
@@ -173,7 +193,8 @@ class Engine:
     def _add_columns(self, new: list[_Row]) -> None:
         """Sampling parameters of new rows, one column a row, and the ids they have seen."""
         inference, requests = self.inference, [row.request for row in new]
-        kernel = [request.sampling.numbers() for request in requests]
+        known = {sampling: sampling.numbers() for sampling in {request.sampling for request in requests}}
+        kernel = [known[request.sampling] for request in requests]
         numbers = [
             [k.top_k, k.top_p, _signed(request.seed), _signed(request.sequence), 0]
             for k, request in zip(kernel, requests)
@@ -196,8 +217,7 @@ class Engine:
 
     def _draw(self, logits: Tensor) -> list[tuple[int, int]]:
         """One token for every row from ``logits`` (n, V)."""
-        rows = self.rows
-        wanted = any(row.request.logprobs for row in rows)
+        wanted = self.logprob_rows > 0
         given = logits
         if self.seen is not None:
             penalty = self.reals[2].unsqueeze(1)
@@ -210,33 +230,44 @@ class Engine:
         if self.seen is not None:
             self.seen.scatter_(1, token.unsqueeze(1), True)
         if wanted:
-            for row, probability, code in zip(rows, logprob.tolist(), status.tolist()):
+            for row, probability, code in zip(self.rows, logprob.tolist(), status.tolist()):
                 if row.completion.logprobs is not None and not code:
                     row.completion.logprobs.append(probability)
-        return self._record(token.tolist(), status.tolist() if bool(status.any()) else None)
+        return self._record(token.cpu().numpy(), status.cpu().numpy())
 
-    def _record(self, tokens: list[int], failures: list[int] | None) -> list[tuple[int, int]]:
-        """Give every row its token, or its error where ``failures`` has a status; the (index, token) pairs."""
-        events = []
-        for r, (row, token) in enumerate(zip(self.rows, tokens)):
-            completion = row.completion
-            if failures is not None and failures[r]:
-                completion.finish_reason, self.ended = "error", True
-                completion.error = f"token {len(completion.token_ids)} cannot be drawn: {STATUS_TEXTS[failures[r]]}"
-                continue
-            if row.accept(token):
-                self.ended = True
-            events.append((completion.index, token))
+    def _record(self, tokens: np.ndarray, status: np.ndarray) -> list[tuple[int, int]]:
+        """Give every row its token, or the error of its status; the (index, token) pairs of those that have one."""
+        drawn = tokens.tolist()
+        if status.any():
+            events = []
+            for r, row in enumerate(self.rows):
+                if status[r]:
+                    done = len(row.completion.token_ids)
+                    row.completion.error = f"token {done} cannot be drawn: {STATUS_TEXTS[int(status[r])]}"
+                    self._end(r, "error")
+                else:
+                    row.completion.token_ids.append(drawn[r])
+                    events.append((self.indices[r], drawn[r]))
+        else:
+            deque(map(list.append, self.token_ids, drawn), maxlen=0)
+            events = list(zip(self.indices, drawn))
+        self.left -= 1
+        at_eos = (self.eos == tokens[:, None]).any(1)
+        for r in np.flatnonzero((at_eos | (self.left == 0)) & (status == 0)):
+            self._end(int(r), "eos" if at_eos[r] else "length")
         return events
+
+    def _end(self, r: int, reason: str) -> None:
+        self.rows[r].completion.finish_reason = reason
+        self.ended.add(r)
 
     def _sample(self, logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(token, logprob, status) of each row, one call for all rows that share mode_of. ``aten`` has no draw."""
         with backends.backend(None if self.inference.backend == "aten" else backends.explicit()):
-            modes = {row.mode_of for row in self.rows}
-            if len(modes) == 1:
-                return self._sample_rows(logits.contiguous(), self.numbers, self.reals, modes.pop(), logprobs)
+            if len(self.modes) == 1:
+                return self._sample_rows(logits.contiguous(), self.numbers, self.reals, *self.modes, logprobs)
             parts, places = [], []
-            for mode in sorted(modes):
+            for mode in sorted(self.modes):
                 some = torch.tensor([r for r, row in enumerate(self.rows) if row.mode_of == mode], device=logits.device)
                 parts.append(
                     self._sample_rows(logits[some], self.numbers[:, some], self.reals[:, some], mode, logprobs)

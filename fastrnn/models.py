@@ -136,9 +136,8 @@ class LanguageModel(Network):
         results: list[Any] = [None] * len(outputs)
         engine = Engine(self, requests(self, outputs), batch_size)
         while engine.busy:
-            for index, token in engine.step():
-                if streamer is None and not stops:
-                    continue
+            events = engine.step()
+            for index, token in events if streamer is not None or stops else ():
                 if index not in readers:
                     readers[index] = self._reader(outputs[index].request, stops)
                 piece = readers[index].push(token)
