@@ -182,13 +182,17 @@ class Engine:
             return inference.window_logits(tails)
         zero = inference.zero_state(1) if any(row.state is None for row in new) else None
         start = join([row.state.hidden if row.state else zero for row in new])
-        state = inference.prefill([row.prompt for row in new], start)
-        logits = inference.logits(state)
-        for r, row in enumerate(new):
-            if len(row.prompt) == 0:
-                logits[r] = row.state.logits
+        read = [r for r, row in enumerate(new) if len(row.prompt)]
+        state = inference.prefill([row.prompt for row in new], start) if read else start
         self.state = join([self.state, state]) if self.rows else state
-        return logits
+        if len(read) == len(new):
+            return inference.logits(state)
+        known = [r for r, row in enumerate(new) if not len(row.prompt)]
+        logits = torch.stack([new[r].state.logits for r in known]).to(device)
+        if not read:
+            return logits
+        logits = torch.cat([logits, inference.logits(take(state, torch.tensor(read, device=device)))])
+        return logits[torch.tensor(known + read, device=device).argsort()]
 
     def _add_columns(self, new: list[_Row]) -> None:
         """Sampling parameters of new rows, one column a row, and the ids they have seen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,9 @@ def plan(model: Any, prompts: Sequence[Any], single: bool, given: Mapping[str, A
         check_request(request, model)
         shares = n > 1 or (single and len(rows) > 1)
         for j in range(n):
-            outputs.append(Output(which, dataclasses.replace(request, sequence=request.sequence + j), shares))
+            own = copy.copy(request)
+            own.sequence += j
+            outputs.append(Output(which, own, shares))
     return outputs
 
 
@@ -85,5 +88,6 @@ def requests(model: Any, outputs: Sequence[Output]) -> Iterator[Request]:
                 inference = inference or Inference(model)
                 state = prefill(model, request.prompt, request.state, window=request.window, inference=inference)
                 of = output.prompt
-            request = dataclasses.replace(request, prompt=[], state=state)
+            request = copy.copy(request)
+            request.prompt, request.state = (), state
         yield request

@@ -13,6 +13,8 @@ from .network import Network
 from .sampling import SamplingParams
 from .sequence import SequenceState
 
+_NO_IDS = torch.empty(0, dtype=torch.int64)
+
 
 @dataclasses.dataclass
 class Request:
@@ -75,7 +77,10 @@ def check_request(request: Request, network: Network, known_state: SequenceState
     for name in ("seed", "sequence"):
         if not -(2**63) <= getattr(request, name) < 2**64:
             raise ValueError(f"{name} must fit in 64 bits, got {getattr(request, name)}")
-    prompt = torch.as_tensor(request.prompt, dtype=torch.int64).reshape(-1).cpu()
+    if request.state is not None and isinstance(request.prompt, Sequence) and not request.prompt:
+        prompt = _NO_IDS
+    else:
+        prompt = torch.as_tensor(request.prompt, dtype=torch.int64).reshape(-1).cpu()
     if len(prompt) == 0 and request.state is None:
         raise ValueError("a request needs a prompt of at least one id, or a state to start from")
     if len(prompt) and not (0 <= int(prompt.min()) and int(prompt.max()) < config.vocab_size):
