@@ -2,7 +2,7 @@
 // kernels.h.
 //
 // The only file that includes torch, and of torch only its stable interface, so that one binary serves every torch from
-// 2.11 on. Fake kernels, autograd and the choice of a backend are Python's (fastrnn/ops.py, fastrnn/backends.py).
+// 2.11 on. Fake kernels, autograd and the choice of a backend are Python's (fastrnn/library.py, fastrnn/backends.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
