@@ -117,7 +117,8 @@ constexpr int64_t kMaxVocabulary = 1 << 24;
 // The result of a row depends on that row's elements alone. B may be 0; V is 1 .. 2^24.
 struct Sample {
   int64_t B, V;
-  const float* logits;   // (B, V)
+  const float* logits;   // (B, V), rows logits_stride elements apart
+  int64_t logits_stride;
   const float* scale;    // (B,) log2(e) / temperature; 0: greedy
   const int64_t* top_k;  // (B,) 0: off
   const int64_t* top_p;  // (B,) in units of 2^-63; 0: off

@@ -65,5 +65,5 @@ FR_TARGET_END
 #else
 #define FR_DISPATCH(kernel, call) \
   current_isa();                  \
-  portable::kernel(call);
+  return portable::kernel(call);
 #endif

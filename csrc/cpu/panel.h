@@ -27,24 +27,35 @@ static void pack_panels(const F* w, int64_t K, int64_t panels, int64_t NV, RowOf
       }
 }
 
+FR_INLINE Vec<float> load_weights(const float* w) { return Vec<float>::load(w); }
+FR_INLINE Vec<double> load_weights(const double* w) { return Vec<double>::load(w); }
+FR_INLINE Vec<float> load_weights(const uint16_t* w) {
+  typedef uint16_t Halves __attribute__((vector_size(FR_VEC_BYTES / 2)));
+  typedef uint32_t Words __attribute__((vector_size(FR_VEC_BYTES)));
+  Halves halves;
+  __builtin_memcpy(&halves, w, sizeof halves);
+  return Vec<float>((RawOf<float>::Raw)(__builtin_convertvector(halves, Words) << 16));
+}
+
 // acc[m][n] += sum_k a[m][k] w[k][n] for PN panels of PV vectors each, panel_stride elements apart.
 // Owns:   an MR x (PN * PV vectors) tile of the product.
 // Keeps:  MR * PN * PV accumulator vectors; at most 24 of them fit the 32 registers of AVX-512, 9 the 16 of others.
 // Moves:  PN * PV vectors of w and MR elements of a for each k.
 // Syncs:  nothing.
 // Limits: none.
-template <class F, int MR, int PN, int PV>
-FR_INLINE void panel_product(const F* w, int64_t panel_stride, const F* const (&a)[MR], int64_t K,
+// w is F, or uint16_t for bfloat16, widened as it is read.
+template <class F, int MR, int PN, int PV, class Weight>
+FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const F* const (&a)[MR], int64_t K,
                              Vec<F> (&acc)[MR][PN * PV]) {
   using V = Vec<F>;
-  constexpr int64_t ahead = 1024 / sizeof(F);  // few rows wait for w: ask for it early
+  constexpr int64_t ahead = 1024 / sizeof(Weight);  // few rows wait for w: ask for it early
   for (int64_t k = 0; k < K; ++k) {
     V wv[PN * PV];
 #pragma GCC unroll 8
     for (int n = 0; n < PN * PV; ++n) {
-      const F* at = w + (n / PV) * panel_stride + (n % PV) * V::width;
+      const Weight* at = w + (n / PV) * panel_stride + (n % PV) * V::width;
       if constexpr (MR <= 2) __builtin_prefetch(at + ahead);
-      wv[n] = V::load(at);
+      wv[n] = load_weights(at);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {

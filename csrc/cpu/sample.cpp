@@ -252,7 +252,7 @@ void refuse(const Sample& a, int64_t row, Status status) { write(a, row, status,
 
 FR_HD void sample_row(const Sample& a, int64_t row, Scratch& s) {
   const int64_t n = a.V;
-  const float* logits = a.logits + row * n;
+  const float* logits = a.logits + row * a.logits_stride;
   if (!parameters_ok(a.scale[row], a.top_k[row], a.top_p[row], a.min_p[row])) return refuse(a, row, kParameter);
   bool bad = false;
   const float plain_row = row_largest(logits, n, s.plain_largest, bad);

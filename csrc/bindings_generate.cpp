@@ -1,0 +1,289 @@
+// Registers the generation loop as torch.ops.fastrnn_cpu.generator_*: packed networks and sessions live here behind
+// numbers, which fastrnn/generator.py owns and frees.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/row_states.h"
+#include "cpu/session.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("generator: " + what); }
+
+// Objects by number. A number that is in use by a call keeps its object alive.
+template <class T> class Registry {
+ public:
+  int64_t put(std::shared_ptr<T> object) {
+    const std::lock_guard<std::mutex> guard(guard_);
+    objects_.emplace(++last_, std::move(object));
+    return last_;
+  }
+  std::shared_ptr<T> get(int64_t number) {
+    const std::lock_guard<std::mutex> guard(guard_);
+    const auto found = objects_.find(number);
+    if (found == objects_.end()) fail("there is no object number " + std::to_string(number) + ", or it was freed");
+    return found->second;
+  }
+  void erase(int64_t number) {
+    std::shared_ptr<T> last;  // destroyed outside the lock
+    const std::lock_guard<std::mutex> guard(guard_);
+    const auto found = objects_.find(number);
+    if (found == objects_.end()) return;
+    last = std::move(found->second);
+    objects_.erase(found);
+  }
+
+ private:
+  std::mutex guard_;
+  std::map<int64_t, std::shared_ptr<T>> objects_;
+  int64_t last_ = 0;
+};
+
+// A session and the lock that keeps two threads from running it at once.
+struct Running {
+  explicit Running(std::unique_ptr<fr::Session> s) : session(std::move(s)) {}
+  std::mutex guard;
+  std::unique_ptr<fr::Session> session;
+};
+
+Registry<fr::PackedNetwork>& networks() {
+  static Registry<fr::PackedNetwork> all;
+  return all;
+}
+Registry<Running>& sessions() {
+  static Registry<Running> all;
+  return all;
+}
+
+// The data of a dense CPU tensor of the given type and number of elements (-1: any).
+template <class D> const D* dense(const char* name, const Tensor& t, int64_t elements = -1) {
+  constexpr ScalarType dtype = std::is_same_v<D, float>     ? ScalarType::Float
+                               : std::is_same_v<D, int64_t> ? ScalarType::Long
+                                                            : ScalarType::Bool;
+  if (t.scalar_type() != dtype || !t.is_cpu() || !t.is_contiguous())
+    fail(std::string(name) + " must be a contiguous " + torch::headeronly::toString(dtype) + " tensor on the CPU");
+  if (elements >= 0 && t.numel() != elements)
+    fail(std::string(name) + " must have " + std::to_string(elements) + " elements, got " + std::to_string(t.numel()));
+  return static_cast<const D*>(t.data_ptr());
+}
+
+fr::Cell cell_of(const std::string& name) {
+  if (name == "lstm") return fr::Cell::lstm;
+  if (name == "gru") return fr::Cell::gru;
+  if (name == "rnn_tanh") return fr::Cell::rnn_tanh;
+  if (name == "rnn_relu") return fr::Cell::rnn_relu;
+  fail("cell must be lstm, gru, rnn_tanh or rnn_relu, got '" + name + "'");
+}
+
+fr::Precision precision_of(const std::string& name) {
+  if (name == "float32") return fr::Precision::float32;
+  if (name == "bfloat16") return fr::Precision::bfloat16;
+  if (name == "int8") return fr::Precision::int8;
+  fail("precision must be float32, bfloat16 or int8, got '" + name + "'");
+}
+
+// inputs (V, E) or none for one-hot; weights: w_ih, w_hh and, with `bias`, b_ih, b_hh of each layer in turn.
+int64_t generator_pack(std::string cell, std::string precision, MaybeTensor inputs, std::vector<Tensor> weights,
+                       bool bias, Tensor head, MaybeTensor head_bias) {
+  fr::NetworkWeights n{};
+  n.cell = cell_of(cell);
+  n.V = head.size(0), n.H = head.size(1), n.E = inputs ? inputs->size(1) : n.V;
+  const size_t per_layer = bias ? 4 : 2;
+  n.L = static_cast<int64_t>(weights.size() / per_layer);
+  const int64_t rows = fr::gates_of(n.cell) * n.H;
+  for (size_t at = 0; at < weights.size(); at += per_layer) {
+    n.w_ih.push_back(dense<float>("w_ih", weights[at], rows * (at ? n.H : n.E)));
+    n.w_hh.push_back(dense<float>("w_hh", weights[at + 1], rows * n.H));
+    n.b_ih.push_back(bias ? dense<float>("b_ih", weights[at + 2], rows) : nullptr);
+    n.b_hh.push_back(bias ? dense<float>("b_hh", weights[at + 3], rows) : nullptr);
+  }
+  n.inputs = inputs ? dense<float>("inputs", *inputs, n.V * n.E) : nullptr;
+  n.head = dense<float>("head", head);
+  n.head_bias = head_bias ? dense<float>("head_bias", *head_bias, n.V) : nullptr;
+  return networks().put(fr::pack_network(n, precision_of(precision)));
+}
+
+int64_t weight_bytes(int64_t network) { return networks().get(network)->weight_bytes; }
+
+int64_t generator_start(int64_t network, int64_t rows, bool windowed, int64_t threads) {
+  if (rows < 1 || threads < 1) fail("rows and threads must be at least 1");
+  return sessions().put(
+      std::make_shared<Running>(std::make_unique<fr::Session>(networks().get(network), rows, windowed, threads)));
+}
+
+// The start states of a batch of requests: h, c, logits, tail, seen of each in turn; c is empty where h is all.
+std::vector<std::shared_ptr<const fr::StartState>> start_states(const std::vector<Tensor>& parts,
+                                                                const fr::PackedNetwork& net) {
+  std::vector<std::shared_ptr<const fr::StartState>> states;
+  for (size_t i = 0; i + 4 < parts.size(); i += 5) {
+    auto state = std::make_shared<fr::StartState>();
+    const float* h = dense<float>("h", parts[i], net.L * net.H);
+    state->h.assign(h, h + net.L * net.H);
+    const float* c = dense<float>("c", parts[i + 1], net.cell == fr::Cell::lstm ? net.L * net.H : 0);
+    state->c.assign(c, c + parts[i + 1].numel());
+    const float* logits = dense<float>("logits", parts[i + 2], net.V);
+    state->logits.assign(logits, logits + net.V);
+    const int64_t* tail = dense<int64_t>("tail", parts[i + 3]);
+    state->tail.assign(tail, tail + parts[i + 3].numel());
+    const bool* seen = dense<bool>("seen", parts[i + 4], net.V);
+    state->seen.assign(seen, seen + net.V);
+    states.push_back(std::move(state));
+  }
+  return states;
+}
+
+enum Column {
+  kIndex,
+  kPrompt,
+  kEos,
+  kMaxNew,
+  kTopK,
+  kTopP,
+  kSeed,
+  kSequence,
+  kModeOf,
+  kLogprobs,
+  kWindow,
+  kState,
+  kColumns
+};
+enum Real { kScale, kMinP, kPenalty, kInversePenalty, kReals };
+
+// numbers (n, kColumns), reals (n, kReals); ids: each request's prompt, then its eos ids, in turn.
+void generator_add(int64_t session, Tensor numbers, Tensor reals, Tensor ids, std::vector<Tensor> states) {
+  const auto running = sessions().get(session);
+  const std::lock_guard<std::mutex> guard(running->guard);
+  const int64_t n = numbers.size(0);
+  const int64_t* number = dense<int64_t>("numbers", numbers, n * kColumns);
+  const float* real = dense<float>("reals", reals, n * kReals);
+  const int64_t *id = dense<int64_t>("ids", ids), *end = id + ids.numel();
+  const auto starts = start_states(states, running->session->network());
+  for (int64_t i = 0; i < n; ++i, number += kColumns, real += kReals) {
+    if (number[kPrompt] < 0 || number[kEos] < 0 || number[kPrompt] + number[kEos] > end - id)
+      fail("ids must hold every prompt and eos");
+    if (number[kState] >= static_cast<int64_t>(starts.size())) fail("states must hold every state");
+    fr::GenerationRequest q{};
+    q.index = number[kIndex];
+    q.prompt.assign(id, id + number[kPrompt]), id += number[kPrompt];
+    q.eos.assign(id, id + number[kEos]), id += number[kEos];
+    if (number[kState] >= 0) q.start = starts[static_cast<size_t>(number[kState])];
+    q.max_new_tokens = number[kMaxNew], q.top_k = number[kTopK], q.top_p = number[kTopP];
+    q.seed = number[kSeed], q.sequence = number[kSequence], q.mode_of = number[kModeOf];
+    q.logprobs = number[kLogprobs] != 0, q.window = number[kWindow];
+    q.scale = real[kScale], q.min_p = real[kMinP], q.penalty = real[kPenalty];
+    q.inverse_penalty = real[kInversePenalty];
+    running->session->add(std::move(q));
+  }
+}
+
+Tensor vector_of(const Tensor& like, int64_t n, ScalarType dtype) {
+  return torch::stable::new_empty(like, {&n, 1}, dtype);
+}
+
+// results: (index, finish, status, tokens) of each; tokens and logprobs of all of them in turn; events: (index, token);
+// waiting: (queued, running). `like` is any CPU tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> generator_run(Tensor like, int64_t session, int64_t microseconds,
+                                                                 int64_t steps, bool more, bool keep_events) {
+  const auto running = sessions().get(session);
+  const std::lock_guard<std::mutex> guard(running->guard);
+  fr::Session& s = *running->session;
+  s.run(microseconds, steps, more, keep_events);
+  const std::vector<fr::GenerationResult> results = s.take_results();
+  const std::vector<fr::TokenEvent> events = s.take_events();
+  int64_t tokens = 0, logprobs = 0;
+  for (const auto& r : results) {
+    tokens += static_cast<int64_t>(r.tokens.size());
+    logprobs += static_cast<int64_t>(r.logprobs.size());
+  }
+  Tensor result = vector_of(like, static_cast<int64_t>(results.size()) * 4, ScalarType::Long);
+  Tensor token = vector_of(like, tokens, ScalarType::Long), logprob = vector_of(like, logprobs, ScalarType::Float);
+  Tensor event = vector_of(like, static_cast<int64_t>(events.size()) * 2, ScalarType::Long);
+  Tensor waiting = vector_of(like, 2, ScalarType::Long);
+  auto *r = static_cast<int64_t*>(result.data_ptr()), *t = static_cast<int64_t*>(token.data_ptr());
+  auto* p = static_cast<float*>(logprob.data_ptr());
+  for (const auto& done : results) {
+    *r++ = done.index, *r++ = static_cast<int64_t>(done.finish), *r++ = done.status;
+    *r++ = static_cast<int64_t>(done.tokens.size());
+    t = std::copy(done.tokens.begin(), done.tokens.end(), t);
+    p = std::copy(done.logprobs.begin(), done.logprobs.end(), p);
+  }
+  auto* e = static_cast<int64_t*>(event.data_ptr());
+  for (const auto& one : events) *e++ = one.index, *e++ = one.token;
+  auto* w = static_cast<int64_t*>(waiting.data_ptr());
+  w[0] = s.queued(), w[1] = s.running();
+  return {result, token, logprob, event, waiting};
+}
+
+void generator_stop(int64_t session, int64_t index) {
+  const auto running = sessions().get(session);
+  const std::lock_guard<std::mutex> guard(running->guard);
+  running->session->stop(index);
+}
+
+// h, c (L, H) and logits (V,) after ids (T,) from h, c; c is empty where h is all.
+std::tuple<Tensor, Tensor, Tensor> generator_read(int64_t network, Tensor ids, Tensor h, Tensor c, int64_t threads) {
+  const auto net = networks().get(network);
+  const int64_t size = net->L * net->H, *id = dense<int64_t>("ids", ids);
+  fr::RowStates states(*net, 1);
+  states.set_row(0, dense<float>("h", h, size), dense<float>("c", c, net->cell == fr::Cell::lstm ? size : 0));
+  const std::vector<int32_t> narrow(id, id + ids.numel());
+  fr::PromptReader reader(*net, 1);
+  fr::Team team(threads);
+  const auto length = static_cast<int64_t>(narrow.size());
+  for (int64_t at = 0; at < length; at += reader.stretch(1))
+    reader.read(states, {{0, narrow.data() + at, std::min(length - at, reader.stretch(1))}}, team);
+  Tensor hn = torch::stable::new_empty(h, h.sizes()), cn = torch::stable::new_empty(c, c.sizes());
+  Tensor padded = vector_of(h, net->head_columns, ScalarType::Float);
+  states.get_row(0, static_cast<float*>(hn.data_ptr()), static_cast<float*>(cn.data_ptr()));
+  states.logits(0, 1, static_cast<float*>(padded.data_ptr()), net->head_columns, team);
+  return {hn, cn, torch::stable::narrow(padded, 0, 0, net->V)};
+}
+
+void free_network(int64_t network) { networks().erase(network); }
+void free_session(int64_t session) { sessions().erase(session); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cpu, m) {
+  m.def(
+      "generator_pack(str cell, str precision, Tensor? inputs, Tensor[] weights, bool bias, Tensor head, Tensor? "
+      "head_bias) -> int");
+  m.def("generator_weight_bytes(int network) -> int");
+  m.def("generator_start(int network, int rows, bool windowed, int threads) -> int");
+  m.def("generator_add(int session, Tensor numbers, Tensor reals, Tensor ids, Tensor[] states) -> ()");
+  m.def(
+      "generator_run(Tensor like, int session, int microseconds, int steps, bool more, bool keep_events)"
+      " -> (Tensor results, Tensor tokens, Tensor logprobs, Tensor events, Tensor waiting)");
+  m.def("generator_stop(int session, int index) -> ()");
+  m.def("generator_read(int network, Tensor ids, Tensor h, Tensor c, int threads) -> (Tensor, Tensor, Tensor)");
+  m.def("generator_free_network(int network) -> ()");
+  m.def("generator_free_session(int session) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CompositeExplicitAutograd, m) {
+  m.impl("generator_pack", TORCH_BOX(&generator_pack));
+  m.impl("generator_weight_bytes", TORCH_BOX(&weight_bytes));
+  m.impl("generator_start", TORCH_BOX(&generator_start));
+  m.impl("generator_add", TORCH_BOX(&generator_add));
+  m.impl("generator_run", TORCH_BOX(&generator_run));
+  m.impl("generator_stop", TORCH_BOX(&generator_stop));
+  m.impl("generator_read", TORCH_BOX(&generator_read));
+  m.impl("generator_free_network", TORCH_BOX(&free_network));
+  m.impl("generator_free_session", TORCH_BOX(&free_session));
+}

@@ -1,0 +1,255 @@
+// The products of the generation loop with float32 activations: float32 weights, or bfloat16 weights widened as they
+// are read, for processors without tiles. This file compiles itself once per instruction set (each_isa.h).
+#ifndef FR_ISA
+
+#include <cstring>
+
+#include "decoder.h"
+#include "simd.h"
+#define FR_FILE "decode.cpp"
+#include "each_isa.h"
+
+#else
+
+#include "vec.h"
+#include "../cell_math.h"
+#include "panel.h"
+#include "activations.h"
+
+namespace fr {
+namespace FR_ISA {
+
+// The activations' element: the float itself, or the float nearest to it that a bfloat16 holds.
+FR_INLINE Vec<float> rounded(Vec<float> h, const float*) { return h; }
+FR_INLINE Vec<float> rounded(Vec<float> h, const uint16_t*) { return nearest_bfloat16(h); }
+
+// What the tiles of one panel share.
+template <class Weight> struct CellPanel {
+  const LayerJob& job;
+  const Weight *input, *hidden;  // this panel's weights
+  const float *bias, *bias_q;
+  int64_t p;
+
+  FR_INLINE const float* a1(int64_t r) const {
+    return reinterpret_cast<const float*>(static_cast<const char*>(job.a1) +
+                                          (job.index1 ? job.index1[r] : r) * job.row1);
+  }
+  FR_INLINE const float* a2(int64_t r) const {
+    return reinterpret_cast<const float*>(static_cast<const char*>(job.a2) + r * job.network->row);
+  }
+  FR_INLINE float* out(int64_t r) const {
+    return reinterpret_cast<float*>(static_cast<char*>(job.out) + r * job.network->row);
+  }
+};
+
+// The state of one unit vector of row r from its pre-activations; xn: the GRU's input part of n.
+template <Cell C, int NV, class Weight>
+FR_INLINE void finish(const CellPanel<Weight>& panel, int64_t p, int64_t r, const Vec<float>* acc, Vec<float> xn) {
+  using V = Vec<float>;
+  float* out = panel.out(r) + p * (C == Cell::lstm || C == Cell::gru ? 1 : NV) * V::width;
+  if constexpr (C == Cell::lstm || C == Cell::gru) {
+    float* carry = panel.job.carry + (p * panel.job.carry_rows + r) * V::width;
+    if constexpr (C == Cell::lstm) {
+      const LstmStep<V> s = lstm_step(acc[0], acc[1], acc[2], acc[3], V::load(carry));
+      s.c.store(carry);
+      rounded(s.m, panel.hidden).store(out);
+    } else {
+      const GruStep<V> s = gru_step(acc[0], acc[1], xn, V(0), V(0), acc[2], V::load(carry));
+      s.h.store(carry);
+      rounded(s.h, panel.hidden).store(out);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) rounded(rnn_step(acc[n], C == Cell::rnn_relu), panel.hidden).store(out + n * V::width);
+  }
+}
+
+// Rows r .. r + MR of PN panels.
+template <Cell C, int NV, int MR, int PN, class Weight>
+static void cell_tile(const CellPanel<Weight>& panel, int64_t r) {
+  using V = Vec<float>;
+  const LayerJob& job = panel.job;
+  const int64_t p = panel.p, products = job.layer->hidden.count * NV * V::width;
+  const int64_t K1 = job.a1 ? job.layer->input.K : 0, K2 = job.layer->hidden.K;
+  V acc[MR][PN * NV], xn[MR][PN];
+  const float *a1[MR], *a2[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    const int64_t row = r + m;
+    const float* init =
+        job.init ? job.init + (job.index ? job.index[row] : row) * products + p * NV * V::width : panel.bias;
+#pragma GCC unroll 8
+    for (int n = 0; n < PN * NV; ++n) acc[m][n] = V::load(init + n * V::width);
+    a1[m] = K1 ? panel.a1(row) : nullptr;
+    a2[m] = panel.a2(row);
+  }
+  if (K1) panel_product<float, MR, PN, NV>(panel.input, K1 * NV * V::width, a1, K1, acc);
+  if constexpr (C == Cell::gru) {
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int i = 0; i < PN; ++i) {
+        xn[m][i] = acc[m][i * NV + 2];
+        acc[m][i * NV + 2] = V::load(panel.bias_q + i * V::width);
+      }
+  }
+  panel_product<float, MR, PN, NV>(panel.hidden, K2 * NV * V::width, a2, K2, acc);
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < PN; ++i) finish<C, NV>(panel, p + i, r + m, &acc[m][i * NV], xn[m][i]);
+}
+
+// Runs tile<MR> over `rows` rows in tiles of even size, at most tile_rows<NV>().
+template <int NV, class Tile> FR_INLINE void each_tile(int64_t rows, const Tile& tile) {
+  constexpr int most = tile_rows<NV>();
+  int64_t tiles = (rows + most - 1) / most;
+  for (int64_t r = 0; r < rows; --tiles) {
+    const int64_t size = (rows - r + tiles - 1) / tiles;
+    switch (size) {
+      case 1: tile(std::integral_constant<int, 1>{}, r); break;
+      case 2: tile(std::integral_constant<int, 2>{}, r); break;
+      case 3: tile(std::integral_constant<int, 3>{}, r); break;
+      case 4:
+        if constexpr (most >= 4) tile(std::integral_constant<int, 4>{}, r);
+        break;
+      case 5:
+        if constexpr (most >= 5) tile(std::integral_constant<int, 5>{}, r);
+        break;
+      case 6:
+        if constexpr (most >= 6) tile(std::integral_constant<int, 6>{}, r);
+        break;
+      case 7:
+        if constexpr (most >= 7) tile(std::integral_constant<int, 7>{}, r);
+        break;
+      default:
+        if constexpr (most >= 8) tile(std::integral_constant<int, 8>{}, r);
+        break;
+    }
+    r += size;
+  }
+}
+
+// Owns:   out and carry of all rows for the panels of `part`.
+// Keeps:  the accumulators of a tile of rows and one or two panels; a unit's gates never leave the registers.
+// Moves:  the panels once per tile of rows, a1, a2 and init once per panel, out and carry once.
+// Syncs:  nothing: the caller waits for all parts before the next layer.
+// Limits: none.
+template <Cell C, class Weight> static void cell_layer(const LayerJob& job, Part part) {
+  constexpr int NV = C == Cell::lstm ? 4 : C == Cell::gru ? 3 : 4;
+  constexpr int64_t W = Vec<float>::width;
+  const Panels &in = job.layer->input, &hidden = job.layer->hidden;
+  const int64_t end = part.end(hidden.count);
+  for (int64_t p = part.begin(hidden.count); p < end; ++p) {
+    CellPanel<Weight> panel{job, nullptr, nullptr, nullptr, nullptr, p};
+    panel.input = in.weights.as<Weight>() + p * in.K * NV * W;
+    panel.hidden = hidden.weights.as<Weight>() + p * hidden.K * NV * W;
+    panel.bias = job.layer->bias.as<float>() + p * NV * W;
+    panel.bias_q = job.layer->bias_q.as<float>() + p * W;
+    if (job.rows == 1 && p + 1 < end) {
+      cell_tile<C, NV, 1, 2>(panel, 0);  // one row of one panel has too few sums under way to keep the units busy
+      ++p;
+      continue;
+    }
+    each_tile<NV>(job.rows, [&](auto size, int64_t r) { cell_tile<C, NV, decltype(size)::value, 1>(panel, r); });
+  }
+}
+
+template <class Weight> static void layer(const LayerJob& job, Part part) {
+  switch (job.network->cell) {
+    case Cell::lstm: return cell_layer<Cell::lstm, Weight>(job, part);
+    case Cell::gru: return cell_layer<Cell::gru, Weight>(job, part);
+    case Cell::rnn_tanh: return cell_layer<Cell::rnn_tanh, Weight>(job, part);
+    case Cell::rnn_relu: return cell_layer<Cell::rnn_relu, Weight>(job, part);
+  }
+}
+
+template <int NV, int MR, class Weight>
+static void linear_tile(const LinearJob& job, const Weight* w, int64_t p, int64_t r) {
+  using V = Vec<float>;
+  V acc[MR][NV];
+  const float* a[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    a[m] = reinterpret_cast<const float*>(static_cast<const char*>(job.a) +
+                                          (job.index ? job.index[r + m] : r + m) * job.row);
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n] = V::load(job.bias + (p * NV + n) * V::width);
+  }
+  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc);
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n].store(job.out + (r + m) * job.out_row + (p * NV + n) * V::width);
+}
+
+// Owns:   the columns of `part` of all rows of out.
+// Keeps:  the accumulators of a tile.
+// Moves:  the panels once per tile of rows, a once per panel, out once.
+// Syncs:  nothing.
+// Limits: none.
+template <int NV, class Weight> static void linear_panels(const LinearJob& job, Part part) {
+  const Panels& m = *job.panels;
+  const int64_t begin = part.begin(m.count), end = part.end(m.count);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t p = job.backwards ? end - 1 - (i - begin) : i;
+    const Weight* w = m.weights.as<Weight>() + p * m.K * NV * Vec<float>::width;
+    each_tile<NV>(job.rows, [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, p, r); });
+  }
+}
+template <class Weight> static void linear(const LinearJob& job, Part part) {
+  switch (job.panels->vectors) {
+    case 1: return linear_panels<1, Weight>(job, part);
+    case 2: return linear_panels<2, Weight>(job, part);
+    case 3: return linear_panels<3, Weight>(job, part);
+    default: return linear_panels<4, Weight>(job, part);
+  }
+}
+
+static void store_weight(float w, float* to) { *to = w; }
+static void store_weight(float w, uint16_t* to) { *to = to_bfloat16(w); }
+
+template <class Weight> static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
+  constexpr int64_t W = Vec<float>::width;
+  out.weights = Memory(out.count * out.vectors * W * K * static_cast<int64_t>(sizeof(Weight)));
+  Weight* to = out.weights.as<Weight>();
+  for (int64_t p = 0; p < out.count; ++p)
+    for (int64_t n = 0; n < out.vectors; ++n)
+      for (int64_t lane = 0; lane < W; ++lane) {
+        const int64_t row = panel_row(p, n, lane, W, out.vectors, rows, unit_gates);
+        if (row < 0) continue;  // stays zero
+        for (int64_t k = 0; k < K; ++k)
+          store_weight(w[row * K + k], to + (p * K * out.vectors + k * out.vectors + n) * W + lane);
+      }
+}
+
+template <class Weight> static void to_activations(const float* from, int64_t n, void* to) {
+  for (int64_t i = 0; i < n; ++i)
+    static_cast<float*>(to)[i] = sizeof(Weight) == 4 ? from[i] : from_bfloat16(to_bfloat16(from[i]));
+}
+static void from_activations(const void* from, int64_t n, float* to) {
+  __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+}
+
+template <class Weight> static const DecoderKernels& float_kernels() {
+  static constexpr DecoderKernels kernels = {
+      Vec<float>::width, 4, 1, pack<Weight>, layer<Weight>, linear<Weight>, to_activations<Weight>, from_activations};
+  return kernels;
+}
+static const DecoderKernels& float_decoder(Precision precision) {
+  return precision == Precision::float32 ? float_kernels<float>() : float_kernels<uint16_t>();
+}
+
+}  // namespace FR_ISA
+}  // namespace fr
+
+#endif
+
+#ifndef FR_ISA
+namespace fr {
+const DecoderKernels& float_decoder(Precision precision) {
+  FR_DISPATCH(float_decoder, precision)
+  __builtin_unreachable();
+}
+}  // namespace fr
+#endif

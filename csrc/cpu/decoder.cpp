@@ -1,0 +1,164 @@
+// Packs a network: which kernels, which layout, what is folded into the first layer's table.
+#include "decoder.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fr {
+namespace {
+
+constexpr int64_t kLine = 64, kHugePage = 2 << 20;
+// A table of products beyond this is not made: an id's embedding is multiplied at each step instead.
+constexpr int64_t kTableBytes = 256 << 20;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The vectors of a panel of a linear map with `columns` vectors of columns: the fewest empty ones, then the most.
+int64_t linear_vectors(int64_t columns) {
+  int64_t best = 1;
+  for (int64_t v = 2; v <= 4; ++v)
+    if (round_up(columns, v) <= round_up(columns, best)) best = v;
+  return best;
+}
+
+Panels linear_panels(const DecoderKernels& k, const float* w, int64_t rows, int64_t K, int64_t vectors) {
+  Panels m;
+  m.K = round_up(K, k.k_multiple);
+  m.vectors = vectors;
+  m.count = (rows + vectors * k.width - 1) / (vectors * k.width);
+  k.pack(w, rows, K, 1, m);
+  return m;
+}
+
+Panels cell_panels(const PackedNetwork& net, const float* w, int64_t K) {
+  const DecoderKernels& k = *net.kernels;
+  const int64_t gates = gates_of(net.cell);
+  if (gates == 1) return linear_panels(k, w, net.H, K, 4);
+  Panels m;
+  m.K = round_up(K, k.k_multiple);
+  m.vectors = gates;
+  m.count = net.padded / net.units;
+  k.pack(w, gates * net.H, K, gates, m);
+  return m;
+}
+
+// Where the products of gate g of unit u stand in a row of a layer's products.
+int64_t product_at(const PackedNetwork& net, int64_t g, int64_t u) {
+  const int64_t gates = gates_of(net.cell), W = net.kernels->width;
+  return gates == 1 ? u : (u / W * gates + g) * W + u % W;
+}
+
+void pack_bias(const PackedNetwork& net, const float* b_ih, const float* b_hh, PackedLayer& layer) {
+  const int64_t gates = gates_of(net.cell);
+  layer.bias = Memory(net.padded * gates * 4);
+  layer.bias_q = Memory(net.padded * 4);
+  for (int64_t g = 0; g < gates; ++g)
+    for (int64_t u = 0; u < net.H; ++u) {
+      const float hidden = b_hh ? b_hh[g * net.H + u] : 0.0f;
+      const bool apart = net.cell == Cell::gru && g == 2;  // r multiplies W_hn h + b_hn
+      layer.bias.as<float>()[product_at(net, g, u)] = (b_ih ? b_ih[g * net.H + u] : 0.0f) + (apart ? 0.0f : hidden);
+      if (apart) layer.bias_q.as<float>()[u] = hidden;
+    }
+}
+
+// The table of one-hot input: columns of w_ih (G*H, V) and the bias.
+void one_hot_table(const NetworkWeights& from, PackedNetwork& net) {
+  const int64_t gates = gates_of(net.cell), products = net.padded * gates;
+  const float* bias = net.layers[0].bias.as<float>();
+  for (int64_t g = 0; g < gates; ++g)
+    for (int64_t u = 0; u < net.H; ++u) {
+      const int64_t at = product_at(net, g, u);
+      const float* column = from.w_ih[0] + (g * net.H + u) * net.V;
+      for (int64_t v = 0; v < net.V; ++v) net.table.as<float>()[v * products + at] = bias[at] + column[v];
+    }
+}
+
+// The table of any other input: inputs w_ih^T and the bias, in float32 whatever the network's precision.
+void product_table(const NetworkWeights& from, PackedNetwork& net) {
+  const DecoderKernels& k = decoder_kernels(Precision::float32);
+  PackedNetwork plain{};
+  plain.cell = net.cell, plain.H = net.H, plain.padded = net.padded, plain.units = net.units, plain.kernels = &k;
+  const Panels w = cell_panels(plain, from.w_ih[0], from.E);
+  const int64_t products = net.padded * gates_of(net.cell);
+  LinearJob job{};
+  job.network = &plain, job.panels = &w, job.rows = net.V, job.a = from.inputs, job.row = from.E * 4;
+  job.bias = net.layers[0].bias.as<float>(), job.out = net.table.as<float>(), job.out_row = products;
+  k.linear(job, {0, 1});
+}
+
+// What layer 0 reads: a table of V rows where an id's products are worth keeping, else activations for a product.
+void pack_inputs(const NetworkWeights& from, PackedNetwork& net) {
+  const int64_t bytes = net.V * net.padded * gates_of(net.cell) * 4;
+  const bool one_hot = from.inputs == nullptr;
+  if (one_hot || (from.E > 1 && bytes <= kTableBytes)) {
+    net.table = Memory(bytes);
+    one_hot ? one_hot_table(from, net) : product_table(from, net);
+    return;
+  }
+  const DecoderKernels& k = *net.kernels;
+  net.input_row = round_up(round_up(from.E, k.k_multiple) * k.activation, kLine);
+  net.inputs = Memory(net.V * net.input_row);
+  for (int64_t v = 0; v < net.V; ++v)
+    k.to_activations(from.inputs + v * from.E, from.E, net.inputs.as<char>() + v * net.input_row);
+  net.layers[0].input = cell_panels(net, from.w_ih[0], from.E);
+}
+
+int64_t bytes_of(const PackedNetwork& net, const Panels& m) {
+  return m.count * m.vectors * net.kernels->width * m.K *
+         (net.precision == Precision::float32    ? 4
+          : net.precision == Precision::bfloat16 ? 2
+                                                 : 1);
+}
+
+}  // namespace
+
+Memory::Memory(int64_t bytes) {
+  // Kernels ask for weights a little ahead of where they are.
+  const int64_t align = bytes >= kHugePage ? kHugePage : kLine, size = round_up(bytes + 2048, align);
+  void* p = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(size));
+  if (!p) throw std::bad_alloc();
+#if defined(__linux__)
+  if (align == kHugePage) madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+  std::memset(p, 0, static_cast<size_t>(size));
+  data_.reset(p);
+}
+void Memory::Free::operator()(void* p) const { std::free(p); }
+
+const DecoderKernels& decoder_kernels(Precision precision) { return float_decoder(precision); }
+
+std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision) {
+  auto net = std::make_unique<PackedNetwork>();
+  const DecoderKernels& k = decoder_kernels(precision);
+  net->cell = from.cell, net->precision = precision, net->kernels = &k;
+  net->L = from.L, net->H = from.H, net->V = from.V;
+  const bool plain = gates_of(from.cell) == 1;
+  net->units = plain ? 4 * k.width : k.width;
+  net->padded = round_up(from.H, net->units);
+  net->row =
+      (round_up(std::max(net->padded, round_up(from.H, k.k_multiple)) * k.activation, kLine) / kLine | 1) * kLine;
+  net->carried = plain ? 0 : net->padded;
+  net->layers.resize(static_cast<size_t>(from.L));
+  for (int64_t l = 0; l < from.L; ++l) {
+    PackedLayer& layer = net->layers[static_cast<size_t>(l)];
+    pack_bias(*net, from.b_ih[l], from.b_hh[l], layer);
+    layer.hidden = cell_panels(*net, from.w_hh[l], from.H);
+    if (l) layer.input = cell_panels(*net, from.w_ih[l], from.H);
+    net->weight_bytes += bytes_of(*net, layer.hidden) + bytes_of(*net, layer.input);
+  }
+  pack_inputs(from, *net);
+  net->head = linear_panels(k, from.head, from.V, from.H, linear_vectors((from.V + k.width - 1) / k.width));
+  net->head_columns = net->head.count * net->head.vectors * k.width;
+  net->head_bias = Memory(net->head_columns * 4);
+  if (from.head_bias) std::memcpy(net->head_bias.get(), from.head_bias, static_cast<size_t>(from.V) * 4);
+  net->weight_bytes += bytes_of(*net, net->head);
+  return net;
+}
+
+}  // namespace fr

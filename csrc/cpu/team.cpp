@@ -1,0 +1,53 @@
+#include "team.h"
+
+namespace fr {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Returns when ready() is true.
+template <class Ready> void wait(const Ready& ready) {
+  constexpr int spins = 2000;  // about 20 us: longer than a layer of most models
+  for (int i = 0; !ready(); ++i) {
+    if (i < spins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
+
+}  // namespace
+
+Team::Team(int64_t size) : size_(size) {
+  for (int64_t part = 1; part < size; ++part) members_.emplace_back([this, part] { serve(part); });
+}
+
+Team::~Team() {
+  ended_.store(true, std::memory_order_relaxed);
+  posted_.fetch_add(1, std::memory_order_release);
+  for (std::thread& member : members_) member.join();
+}
+
+void Team::post(Task task, const void* context) {
+  task_ = task, context_ = context;
+  left_.store(size_ - 1, std::memory_order_relaxed);
+  posted_.fetch_add(1, std::memory_order_release);
+  task(context, {0, size_});
+  wait([this] { return left_.load(std::memory_order_acquire) == 0; });
+}
+
+void Team::serve(int64_t part) {
+  for (uint64_t seen = 0;;) {
+    wait([&] { return posted_.load(std::memory_order_acquire) != seen; });
+    ++seen;
+    if (ended_.load(std::memory_order_relaxed)) return;
+    task_(context_, {part, size_});
+    left_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace fr
