@@ -5,8 +5,10 @@ returns None or the sentence saying why this backend does not take it. An explic
 `backend`) never falls back: it raises that sentence. An automatic choice keeps its reason and every refusal for
 `explain`.
 
-Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; and ``lstm``, ``gru``, ``rnn``, a whole stack
-of layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer.
+Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of
+layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer; and
+``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu``
+(`fastrnn.native`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 
 CELLS = ("lstm", "gru", "rnn")
 CELL_OPS = tuple(f"{cell}_{way}" for cell in CELLS for way in ("forward", "backward"))
-OPS = (*CELLS, *CELL_OPS, "sample")
+OPS = (*CELLS, *CELL_OPS, "sample", "generate")
 
 
 class BackendRefusal(RuntimeError):
@@ -48,11 +50,14 @@ class Call(NamedTuple):
     needs_grad: bool = False
     training: bool = False
     dropout: bool = False
+    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
         flags = [name for name in ("lengths", "reset", "projection", "needs_grad") if getattr(self, name)]
         sizes = f"T={self.time} B={self.batch} I={self.inputs} H={self.hidden} L={self.layers}"
+        if self.op == "generate":
+            sizes = f"I={self.inputs} H={self.hidden} L={self.layers}, {self.precision} weights"
         if self.op == "sample":
             sizes = f"B={self.batch} V={self.hidden}"
         return " ".join([self.op, self.device, str(self.dtype).removeprefix("torch."), sizes, *flags, self.transform])
@@ -77,7 +82,14 @@ class Backend(NamedTuple):
 
 
 def _refuse_reference(call: Call) -> str | None:
-    return None
+    return _refuse_precision(call)
+
+
+def _refuse_precision(call: Call) -> str | None:
+    """Why the loop in Python, which runs a network with its own weights, does not take a call."""
+    if call.precision == "float32":
+        return None
+    return f"the loop in Python runs a network's own weights; {call.precision} weights are made by the C++ loop"
 
 
 def _load_reference(op: str) -> Callable:
@@ -87,6 +99,8 @@ def _load_reference(op: str) -> Callable:
 def _refuse_aten(call: Call) -> str | None:
     if call.op == "sample":
         return "PyTorch has no fused draw; use reference or cpu for sample"
+    if call.op == "generate":
+        return _refuse_precision(call)
     if call.time == 0:
         return "PyTorch's fused RNN takes no empty sequence"
     if call.reset:
@@ -113,6 +127,8 @@ def _refuse_cpu(call: Call) -> str | None:
         return f"the C++ backend runs on CPU tensors, these are on {call.device}"
     if missing := extension_missing():
         return missing
+    if call.op == "generate" and call.dtype != torch.float32:
+        return f"the C++ loop packs float32 networks, this one is {str(call.dtype).removeprefix('torch.')}"
     if call.transform == "torch.jit.trace":
         return "a traced module is to load without fastrnn, so it records PyTorch's own operators"
     if call.transform and call.transform != "torch.compile":
@@ -137,6 +153,8 @@ TABLE: dict[str, Backend] = {
 def preference(call: Call) -> tuple[tuple[str, str], ...]:
     """The backends in the order in which an automatic choice asks them, each with the reason for its place."""
     last = ("reference", "it takes every call")
+    if call.op == "generate":
+        return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
     if call.op not in CELLS:
         return ("cpu", "C++ kernels"), last
     fused = ("aten", "PyTorch's fused RNN runs the whole stack in one call")
@@ -226,7 +244,8 @@ def _choose(call: Call, name: str | None) -> Choice:
         if why is None:
             return Choice(name, reason, tuple(refusals))
         refusals.append((name, why))
-    raise AssertionError("the reference refuses nothing")
+    told = "; ".join(f"{name}: {why}" for name, why in refusals)
+    raise BackendRefusal(f"{call.op}: no backend takes this call ({call}): {told}")
 
 
 @functools.cache

@@ -1,297 +1,65 @@
-"""Batch generation on token ids: prefill, one draw a step for all rows, refill of finished rows. It knows no text.
+"""Batch generation on token ids, on whichever loop takes the network. It knows no text.
 
-The rule: the tokens and log-probabilities of a request depend on (weights, seed, request) alone, bit for bit; not on
-the batch size, the order, the slot or the companions. The draw of token ``k`` of a request is a function of its logits
-and of (seed, sequence, k), and `inference.Inference` makes the logits a function of the ids alone.
+The rule: the tokens and log-probabilities of a request depend on (weights, precision, seed, request) alone, bit for
+bit; not on the batch size, the order, the slot, the companions or the number of threads.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, ops
-from .inference import Inference, join, take
-from .network import Network, State
+from . import backends
+from .engine import Engine
+from .inference import Inference
+from .native import NativeEngine, PackedNetwork
+from .network import Network
 from .request import Completion, Request, check_request
-from .sampling import STATUS_TEXTS
 from .sequence import SequenceState
 
-BATCH_ROWS = 256  # rows at once when the caller does not say
+Runner = Inference | PackedNetwork
 
 
-class _Row:
-    """Host side of one running request."""
+def precision_of(dtype: torch.dtype | None, quantize: str | None) -> str:
+    """``float32``, ``bfloat16`` or ``int8``: what a caller asks for with dtype= or quantize=.
 
-    def __init__(self, index: int, request: Request, prompt: Tensor) -> None:
-        self.request, self.prompt, self.state = request, prompt, request.state
-        length = len(prompt) + (request.state.length if request.state else 0)
-        self.mode_of = request.sampling.mode_of
-        self.completion = Completion(index, [], [] if request.logprobs else None, length)
-
-
-def _signed(number: int) -> int:
-    """The 64 bits of an integer read as int64."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-class Engine:
-    """Runs requests, at most ``batch_rows`` at once; a finished row's place is taken by the next request at once.
-
-    Each `step` draws one token for every running row and returns the (index, token) pairs; `take_completions` gives
-    what has finished since it was last emptied. `stop` ends a row between two steps.
+    Raises:
+        ValueError: another dtype or kind of quantization, or both at once.
     """
-
-    def __init__(self, network: Network, requests: Iterable[Request], batch_rows: int | None = None) -> None:
-        if batch_rows is not None and batch_rows < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_rows}")
-        self.network, self.inference = network, Inference(network)
-        self.windowed = network.config.state == "window"
-        self.batch_rows = batch_rows or BATCH_ROWS
-        self.pending = enumerate(requests)
-        self.exhausted = False  # no request is pending
-        self.known_state: SequenceState | None = None  # the last one that was checked: requests often share it
-        self.rows: list[_Row] = []
-        self.ended: set[int] = set()  # which of the rows have a finish_reason
-        # Of the rows, in their order, so that a step costs no Python loop over them: the index of the request, the list
-        # that its tokens go to, how many are left to draw, and the ids that end it, filled up with -1.
-        self.indices: list[int] = []
-        self.token_ids: list[list[int]] = []
-        self.left = np.empty(0, np.int64)
-        self.eos = np.empty((0, 1), np.int64)
-        self.modes: Counter[int] = Counter()  # mode_of -> rows
-        self.logprob_rows = 0
-        self.completions: list[Completion] = []
-        self.drawn: Tensor | None = None  # (n,) tokens of the last step, on the device
-        self.state: State | None = None  # carried: state of the rows, (L, n, H)
-        self.tails: list[Tensor] = []  # window: the ids that are run for each row
-        self.numbers = torch.empty(5, 0, dtype=torch.int64)  # top_k, top_p, seed, sequence, step
-        self.reals = torch.empty(3, 0)  # scale, min_p, repetition_penalty
-        self.seen: Tensor | None = None  # (n, V) bool, while some row has a repetition_penalty
-
-    def stop(self, index: int) -> None:
-        """End the row of request ``index`` with finish_reason ``stop``; nothing if it has failed or drawn an eos."""
-        if index in self.indices:
-            r = self.indices.index(index)
-            if self.rows[r].completion.finish_reason in ("", "length"):
-                self._end(r, "stop")
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request is running or may be pending."""
-        return bool(self.rows) or not self.exhausted
-
-    @torch.inference_mode()
-    def take_completions(self) -> list[Completion]:
-        """What has finished since the last call, in the order in which it finished; their rows are free now."""
-        self._drop_finished()
-        done, self.completions = self.completions, []
-        return done
-
-    @torch.inference_mode()
-    def step(self) -> list[tuple[int, int]]:
-        """Draw a token for every running row, after filling the free places; an empty list when all is done."""
-        with self.inference.running():
-            self._drop_finished()
-            logits = [self._advance()] if self.rows else []
-            logits += self._admit()
-            if not self.rows:
-                return []
-            return self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
-
-    def _drop_finished(self) -> None:
-        """Report finished rows and close the gaps they leave."""
-        if not self.ended:
-            return
-        for row in (self.rows[r] for r in sorted(self.ended)):
-            self.completions.append(row.completion)
-            self.modes -= Counter([row.mode_of])
-            self.logprob_rows -= row.request.logprobs
-        kept = [r for r in range(len(self.rows)) if r not in self.ended]
-        self.ended.clear()
-        self.indices, self.token_ids = [self.indices[r] for r in kept], [self.token_ids[r] for r in kept]
-        self.left, self.eos = self.left[kept], self.eos[kept]
-        number = torch.tensor(kept, dtype=torch.int64, device=self.inference.device)
-        self.rows = [self.rows[r] for r in kept]
-        self.drawn, self.numbers, self.reals = self.drawn[number], self.numbers[:, number], self.reals[:, number]
-        if self.windowed:
-            self.tails = [self.tails[r] for r in kept]
-        else:
-            self.state = take(self.state, number)
-        if self.seen is not None:
-            self.seen = self.seen[number] if bool((self.reals[2] != 1).any()) else None
-
-    def _advance(self) -> Tensor:
-        """Logits (n, V) of the running rows after their last token."""
-        if not self.windowed:
-            self.state = self.inference.advance(self.drawn.unsqueeze(0), self.state)
-            return self.inference.logits(self.state)
-        for r, (row, tail) in enumerate(zip(self.rows, self.tails)):
-            window = row.request.window or self.network.config.window
-            self.tails[r] = torch.cat([tail, self.drawn[r : r + 1]])[-window:]
-        return self.inference.window_logits(self.tails)
-
-    def _admit(self) -> list[Tensor]:
-        """Prefill the next requests into the free places: a list with their logits (k, V), or an empty one."""
-        new: list[_Row] = []
-        while len(self.rows) + len(new) < self.batch_rows:
-            index, request = next(self.pending, (-1, None))
-            if request is None:
-                self.exhausted = True
-                break
-            row = _Row(index, request, check_request(request, self.network, self.known_state))
-            self.known_state = request.state
-            if request.max_new_tokens == 0:
-                row.completion.finish_reason = "length"
-                self.completions.append(row.completion)
-            else:
-                new.append(row)
-        if not new:
-            return []
-        logits = self._prefill(new)
-        self._add_columns(new)
-        self._add_rows(new)
-        return [logits]
-
-    def _add_rows(self, new: list[_Row]) -> None:
-        """What the host keeps of new rows."""
-        self.rows += new
-        self.indices += [row.completion.index for row in new]
-        self.token_ids += [row.completion.token_ids for row in new]
-        self.modes.update(row.mode_of for row in new)
-        self.logprob_rows += sum(row.request.logprobs for row in new)
-        self.left = np.append(self.left, [row.request.max_new_tokens for row in new])
-        width = max(self.eos.shape[1], *(len(row.request.eos) for row in new))
-        eos = np.full((len(self.rows), width), -1)
-        eos[: len(self.eos), : self.eos.shape[1]] = self.eos
-        for r, row in enumerate(new, len(self.eos)):
-            eos[r, : len(row.request.eos)] = list(row.request.eos)
-        self.eos = eos
-
-    def _prefill(self, new: list[_Row]) -> Tensor:
-        """Logits (k, V) after the prompts of new rows, whose state or tails are added to those of the running rows."""
-        inference, device = self.inference, self.inference.device
-        if self.windowed:
-            tails = [_tail(row.prompt, row.state, row.request.window or self.network.config.window) for row in new]
-            tails = [tail.to(device) for tail in tails]
-            self.tails += tails
-            return inference.window_logits(tails)
-        zero = inference.zero_state(1) if any(row.state is None for row in new) else None
-        start = join([row.state.hidden if row.state else zero for row in new])
-        read = [r for r, row in enumerate(new) if len(row.prompt)]
-        state = inference.prefill([row.prompt for row in new], start) if read else start
-        self.state = join([self.state, state]) if self.rows else state
-        if len(read) == len(new):
-            return inference.logits(state)
-        known = [r for r, row in enumerate(new) if not len(row.prompt)]
-        logits = torch.stack([new[r].state.logits for r in known]).to(device)
-        if not read:
-            return logits
-        logits = torch.cat([logits, inference.logits(take(state, torch.tensor(read, device=device)))])
-        return logits[torch.tensor(known + read, device=device).argsort()]
-
-    def _add_columns(self, new: list[_Row]) -> None:
-        """Sampling parameters of new rows, one column a row, and the ids they have seen."""
-        inference, requests = self.inference, [row.request for row in new]
-        known = {sampling: sampling.numbers() for sampling in {request.sampling for request in requests}}
-        kernel = [known[request.sampling] for request in requests]
-        numbers = [
-            [k.top_k, k.top_p, _signed(request.seed), _signed(request.sequence), 0]
-            for k, request in zip(kernel, requests)
-        ]
-        reals = [[k.scale, k.min_p, request.repetition_penalty] for k, request in zip(kernel, requests)]
-        columns = torch.tensor(numbers, device=inference.device).t()
-        self.numbers = torch.cat([self.numbers.to(inference.device), columns], 1)
-        self.reals = torch.cat([self.reals.to(inference.device), torch.tensor(reals, device=inference.device).t()], 1)
-        if self.seen is None and all(request.repetition_penalty == 1 for request in requests):
-            return
-        vocab = self.network.config.vocab_size
-        seen = torch.zeros(len(new), vocab, dtype=torch.bool, device=inference.device)
-        for r, row in enumerate(new):
-            seen[r, row.prompt.to(inference.device)] = True
-            if row.state is not None:
-                seen[r] |= row.state.seen
-        if self.seen is None:  # nobody before had a penalty, so what they have seen does not matter
-            self.seen = seen.new_zeros(len(self.rows), vocab)
-        self.seen = torch.cat([self.seen, seen])
-
-    def _draw(self, logits: Tensor) -> list[tuple[int, int]]:
-        """One token for every row from ``logits`` (n, V)."""
-        wanted = self.logprob_rows > 0
-        given = logits
-        if self.seen is not None:
-            penalty = self.reals[2].unsqueeze(1)
-            logits = torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-        token, logprob, status = self._sample(logits, wanted)
-        if wanted and self.seen is not None:
-            logprob = given.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
-        self.drawn = token
-        self.numbers[4] += 1
-        if self.seen is not None:
-            self.seen.scatter_(1, token.unsqueeze(1), True)
-        if wanted:
-            for row, probability, code in zip(self.rows, logprob.tolist(), status.tolist()):
-                if row.completion.logprobs is not None and not code:
-                    row.completion.logprobs.append(probability)
-        return self._record(token.cpu().numpy(), status.cpu().numpy())
-
-    def _record(self, tokens: np.ndarray, status: np.ndarray) -> list[tuple[int, int]]:
-        """Give every row its token, or the error of its status; the (index, token) pairs of those that have one."""
-        drawn = tokens.tolist()
-        if status.any():
-            events = []
-            for r, row in enumerate(self.rows):
-                if status[r]:
-                    done = len(row.completion.token_ids)
-                    row.completion.error = f"token {done} cannot be drawn: {STATUS_TEXTS[int(status[r])]}"
-                    self._end(r, "error")
-                else:
-                    row.completion.token_ids.append(drawn[r])
-                    events.append((self.indices[r], drawn[r]))
-        else:
-            deque(map(list.append, self.token_ids, drawn), maxlen=0)
-            events = list(zip(self.indices, drawn))
-        self.left -= 1
-        at_eos = (self.eos == tokens[:, None]).any(1)
-        for r in np.flatnonzero((at_eos | (self.left == 0)) & (status == 0)):
-            self._end(int(r), "eos" if at_eos[r] else "length")
-        return events
-
-    def _end(self, r: int, reason: str) -> None:
-        self.rows[r].completion.finish_reason = reason
-        self.ended.add(r)
-
-    def _sample(self, logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, logprob, status) of each row, one call for all rows that share mode_of. ``aten`` has no draw."""
-        with backends.backend(None if self.inference.backend == "aten" else backends.explicit()):
-            if len(self.modes) == 1:
-                return self._sample_rows(logits.contiguous(), self.numbers, self.reals, *self.modes, logprobs)
-            parts, places = [], []
-            for mode in sorted(self.modes):
-                some = torch.tensor([r for r, row in enumerate(self.rows) if row.mode_of == mode], device=logits.device)
-                parts.append(
-                    self._sample_rows(logits[some], self.numbers[:, some], self.reals[:, some], mode, logprobs)
-                )
-                places.append(some)
-            back = torch.cat(places).argsort()
-            token, logprob, status = (torch.cat(part) for part in zip(*parts))
-            return token[back], logprob[back] if logprobs else logprob, status[back]
-
-    @staticmethod
-    def _sample_rows(logits: Tensor, numbers: Tensor, reals: Tensor, mode: int, logprobs: bool) -> tuple[Tensor, ...]:
-        top_k, top_p, seed, sequence, step = numbers.unbind()
-        scale, min_p, _ = reals.unbind()
-        found = ops.sample(logits, scale, top_k, top_p, min_p, None, seed, sequence, step, mode, logprobs)
-        return found[0], found[1], found[4]
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize must be 'int8' or None, got {quantize!r}")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or None, got {dtype!r}")
+    if quantize and dtype is not None:
+        raise ValueError(f"give dtype= or quantize=, not both: got dtype={dtype} and quantize={quantize!r}")
+    return quantize or str(dtype or torch.float32).removeprefix("torch.")
 
 
-def _tail(prompt: Tensor, state: SequenceState | None, window: int) -> Tensor:
-    """The last ``window`` ids of a state's tail and a prompt."""
-    return (prompt if state is None else torch.cat([state.tail.cpu(), prompt]))[-window:]
+def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> Runner:
+    """The network's weights as they are now, ready to run: packed for the loop in C++, or for the loop in Python.
+
+    dtype=torch.bfloat16 rounds the weights and quantize="int8" gives them 8 bits and a scale per row, with float32
+    sums and state; None keeps the network's own numbers. `BackendRefusal` where no backend runs that.
+    """
+    precision, weight = precision_of(dtype, quantize), network.head.weight
+    call = backends.Call(
+        "generate", weight.device.type, weight.dtype, 1, 1, network.config.input_size, network.config.hidden_size,
+        network.config.num_layers, precision=precision,
+    )  # fmt: skip
+    return PackedNetwork(network, precision) if backends.choose(call).backend == "cpu" else Inference(network)
+
+
+def make_engine(
+    runner: Runner, requests: Iterable[Request], batch_size: int | None = None, *, events: bool = True
+) -> Engine | NativeEngine:
+    """The loop of a runner. ``events``: whether the caller looks at each token as it comes."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(runner, PackedNetwork):
+        return NativeEngine(runner, requests, batch_size, events=events)
+    return Engine(runner, requests, batch_size)
 
 
 def generate(
@@ -300,14 +68,17 @@ def generate(
     *,
     batch_size: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> Iterator[Completion]:
     """Run every request and yield its `Completion` as soon as it is done, so in the order in which they finish.
 
-    ``requests`` is read only as places get free, so a million of them need no memory. ``on_token(index, token)`` is
-    called for each token; True ends that row with finish_reason ``stop``. The network's training flag and gradients are
-    left alone.
+    ``requests`` is read a little ahead of the places that get free, so a million of them need no memory. ``on_token(index, token)`` is
+    called for each token; True ends that row with finish_reason ``stop``. ``dtype`` and ``quantize`` as in
+    `make_runner`. The network's training flag and gradients are left alone.
     """
-    engine = Engine(network, requests, batch_size)
+    runner = make_runner(network, dtype=dtype, quantize=quantize)
+    engine = make_engine(runner, requests, batch_size, events=on_token is not None)
     while engine.busy:
         events = engine.step()
         if on_token is not None:
@@ -323,22 +94,17 @@ def prefill(
     state: SequenceState | None = None,
     *,
     window: int | None = None,
-    inference: Inference | None = None,
+    runner: Runner | None = None,
 ) -> SequenceState:
     """The state after reading ``prompt`` from ``state`` (or from nothing): same bits as a request's own prefill."""
     prompt = check_request(Request(prompt, 0, state=state, window=window), network)
-    inference, config = inference or Inference(network), network.config
-    seen = torch.zeros(config.vocab_size, dtype=torch.bool, device=inference.device)
-    seen[prompt.to(inference.device)] = True
+    runner, config = runner or make_runner(network), network.config
+    window = window or config.window
+    seen = torch.zeros(config.vocab_size, dtype=torch.bool)
+    seen[prompt] = True
     length = len(prompt)
     if state is not None:
-        seen, length = seen | state.seen, length + state.length
-    with inference.running():
-        if config.state == "window":
-            tail = _tail(prompt, state, window or config.window).to(inference.device)
-            return SequenceState(inference.zero_state(1), inference.window_logits([tail])[0], tail, seen, length)
-        hidden = inference.zero_state(1) if state is None else state.hidden
-        if len(prompt):
-            hidden = inference.prefill([prompt], hidden)
-        logits = inference.logits(hidden)[0] if len(prompt) else state.logits
-    return SequenceState(hidden, logits, prompt[:0].to(inference.device), seen, length)
+        seen, length = seen | state.seen.cpu(), length + state.length
+    hidden, logits, tail = runner.read(prompt, state, window)
+    device = network.head.weight.device
+    return SequenceState(hidden, logits, tail.to(device), seen.to(device), length)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from . import backends, ops
 from .network import Network, State
+from .sequence import SequenceState, window_tail
 
 BLOCK_ROWS = (256, 64, 16)  # the last is the base: the others are used where they give the base's bits
 CHUNK_STEPS = 1024  # longest piece of a prompt in one call
@@ -101,7 +102,7 @@ class Inference:
     """
 
     def __init__(self, network: Network) -> None:
-        self.config, self.rnn = network.config, network.rnn
+        self.network, self.config, self.rnn = network, network.config, network.rnn
         with torch.no_grad():
             table, weights = network.input_table()
         self.table, self.weights = table.detach(), [weight.detach() for weight in weights]
@@ -179,6 +180,18 @@ class Inference:
                     done[r] += size
                     left[r] -= size
         return state
+
+    def read(self, prompt: Tensor, state: SequenceState | None, window: int | None) -> tuple[State, Tensor, Tensor]:
+        """(hidden, logits, tail) after ``prompt``, 1-D int64, from ``state``: the parts of a `SequenceState`."""
+        with self.running():
+            if self.config.state == "window":
+                tail = window_tail(prompt, state, window).to(self.device)
+                return self.zero_state(1), self.window_logits([tail])[0], tail
+            hidden = self.zero_state(1) if state is None else state.hidden
+            if not len(prompt):
+                return hidden, state.logits, prompt
+            hidden = self.prefill([prompt], hidden)
+            return hidden, self.logits(hidden)[0], prompt[:0]
 
     def window_logits(self, tails: Sequence[Tensor]) -> Tensor:
         """Logits (n, V) after running each row's ids, 1-D int64, from a zero state; rows of one length share a call."""

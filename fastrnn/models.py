@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import storage
 from .defaults import GenerationConfig, checked_stops
-from .generate import Engine, prefill
+from .generate import Runner, make_engine, make_runner, prefill
 from .likelihood import log_likelihoods
 from .network import Network, NetworkConfig
 from .planning import OPTIONS, Output, eos_ids, plan, requests
@@ -100,6 +100,8 @@ class LanguageModel(Network):
         unk: str | None = None,
         state: SequenceState | None = None,
         window: int | None = None,
+        dtype: torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> Generation | list[Generation]:
         """Continue one prompt (-> one `Generation`) or a list of prompts (-> a list in their order).
 
@@ -118,7 +120,8 @@ class LanguageModel(Network):
         streamer(k, piece): called with each new piece of output k's text as it comes; True ends that output.
         batch_size: rows at once. unk: "error", "skip" or "unk", what unknown characters of a prompt do.
         state: continue from `prefill`; prompts follow it and may be empty. window: tokens that are run for each new one
-        in a model with window state (default: the config's).
+        in a model with window state (default: the config's). dtype=torch.bfloat16 or quantize="int8": run a copy of the
+        weights with fewer bits, faster and a little less exact (`fastrnn score` tells what it costs).
         """
         given = {name: value for name, value in locals().items() if name in OPTIONS and value is not None}
         single = _is_single(prompts)
@@ -134,7 +137,8 @@ class LanguageModel(Network):
         logprobs, nll = bool(given.get("return_logprobs")), bool(given.get("return_nll"))
         readers: dict[int, TextReader] = {}
         results: list[Any] = [None] * len(outputs)
-        engine = Engine(self, requests(self, outputs), batch_size)
+        runner = self._runner(given)
+        engine = make_engine(runner, requests(self, outputs, runner), batch_size, events=bool(streamer or stops))
         while engine.busy:
             events = engine.step()
             for index, token in events if streamer is not None or stops else ():
@@ -170,10 +174,13 @@ class LanguageModel(Network):
                 f"stream yields one output and these options ask for {len(outputs)}; use generate(streamer=)"
             )
         stops = checked_stops(given.get("stop_strings", self.generation_config.stop_strings))
-        return self._pieces(outputs[0].request, stops)
+        return self._pieces(self._runner(given), outputs[0].request, stops)
 
-    def _pieces(self, request: Request, stops: list[str]) -> Iterator[str]:
-        engine, reader = Engine(self, [request], 1), self._reader(request, stops)
+    def _runner(self, given: Mapping[str, Any]) -> Runner:
+        return make_runner(self, dtype=given.get("dtype"), quantize=given.get("quantize"))
+
+    def _pieces(self, runner: Runner, request: Request, stops: list[str]) -> Iterator[str]:
+        engine, reader = make_engine(runner, [request], 1), self._reader(request, stops)
         while engine.busy:
             for index, token in engine.step():
                 piece = reader.push(token)

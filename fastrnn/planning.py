@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from .defaults import PER_OUTPUT, SAMPLING, check_numbers, checked_stops, expand
-from .generate import prefill
-from .inference import Inference
+from .generate import Runner, prefill
 from .request import Request, check_request
 from .sampling import SamplingParams
 
 # The options of `LanguageModel.generate` that decide what is made; the others decide how it is run and handed out.
 OPTIONS = frozenset({
     *PER_OUTPUT, "num_return_sequences", "eos_token_id", "stop_strings", "seed", "sequence_id", "return_logprobs",
-    "return_nll", "unk", "state", "window",
+    "return_nll", "unk", "state", "window", "dtype", "quantize",
 })  # fmt: skip
 
 
@@ -78,15 +77,14 @@ def eos_ids(model: Any, wanted: int | Sequence[int] | None) -> frozenset[int]:
     return ids
 
 
-def requests(model: Any, outputs: Sequence[Output]) -> Iterator[Request]:
+def requests(model: Any, outputs: Sequence[Output], runner: Runner) -> Iterator[Request]:
     """The requests of ``outputs``; a prompt that several of them share is read once, when the first of them starts."""
-    inference, of, state = None, -1, None
+    of, state = -1, None
     for output in outputs:
         request = output.request
         if output.shares and request.max_new_tokens:
             if output.prompt != of:
-                inference = inference or Inference(model)
-                state = prefill(model, request.prompt, request.state, window=request.window, inference=inference)
+                state = prefill(model, request.prompt, request.state, window=request.window, runner=runner)
                 of = output.prompt
             request = copy.copy(request)
             request.prompt, request.state = (), state

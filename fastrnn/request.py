@@ -13,6 +13,7 @@ from .network import Network
 from .sampling import SamplingParams
 from .sequence import SequenceState
 
+BATCH_ROWS = 256  # rows at once when the caller does not say
 _NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
@@ -96,3 +97,8 @@ def check_request(request: Request, network: Network, known_state: SequenceState
                 f"for a window of {window}: prefill with window={window}"
             )
     return prompt
+
+
+def signed(number: int) -> int:
+    """The 64 bits of an integer read as int64."""
+    return number - 2**64 if number >= 2**63 else number

@@ -6,6 +6,7 @@ import dataclasses
 from os import PathLike
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -86,3 +87,7 @@ class SequenceState:
 
 def _parts(hidden: State) -> tuple[Tensor, ...]:
     return hidden if isinstance(hidden, tuple) else (hidden,)
+
+def window_tail(prompt: Tensor, state: SequenceState | None, window: int) -> Tensor:
+    """The last ``window`` ids of a state's tail and a prompt."""
+    return (prompt if state is None else torch.cat([state.tail.cpu(), prompt]))[-window:]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import fastrnn
 import oracle
 from fastrnn import reference_sample
-from fastrnn.generate import Engine, generate, prefill
+from fastrnn.engine import Engine
+from fastrnn.generate import generate, prefill
 from fastrnn.inference import ALONE, CHUNK_STEPS, Blocks, Inference, _measured, blocks, independent_blocks
 from fastrnn.network import CELLS, INPUTS, Network, NetworkConfig
 from fastrnn.request import Completion, Request
@@ -174,7 +175,7 @@ def test_finished_rows_make_room_at_once() -> None:
     """Lengths 1 to 40: every step but the last few runs all rows, so the steps are close to tokens / rows."""
     network = make()
     asked = [Request([1], 1 + 7 * i % 40, sequence=i) for i in range(200)]
-    engine = Engine(network, asked, 8)
+    engine = Engine(Inference(network), asked, 8)
     steps = rows = 0
     while engine.busy:
         rows += len(engine.step())
@@ -198,7 +199,7 @@ def test_requests_are_read_only_as_places_get_free() -> None:
     source = generate(network, endless(), batch_size=4)
     first = [next(source) for _ in range(10)]
     assert len(first) == 10
-    assert taken <= 16
+    assert taken <= 32  # a little ahead, so that no row waits
 
 
 def test_eos_ends_a_row_and_is_its_last_token() -> None:

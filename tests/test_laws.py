@@ -21,7 +21,7 @@ NUMBERS = (
     ("sampling",),
     ("cells", "layers", "conversion"),
     ("network", "inference", "sequence", "storage"),
-    ("request", "generate", "likelihood"),
+    ("request", "engine", "native", "generate", "likelihood"),
 )
 TEXT = (
     ("text", "textkinds", "textstream", "tokenizer", "reading"),

@@ -118,6 +118,7 @@ void Lane::activate(int64_t step) {
     draw(row, row + 1, logits_.as<float>());
     record(row, step);
     flush(row, step + 1);
+    now.since = step;  // the next one takes the place of this one in the log
   }
   remove_finished(step);
 }

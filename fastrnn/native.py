@@ -1,0 +1,196 @@
+"""The generation loop in C++ (csrc/cpu/session.h), seen from Python: a packed network, and an engine that feeds it.
+
+It does what `engine.Engine` does, on a float32 network on the CPU, without coming back to Python between tokens: a call
+runs for some milliseconds, so that a signal or a streamed token never waits longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .backends import function
+from .network import Network, State
+from .request import BATCH_ROWS, Completion, Request, check_request, signed
+from .sampling import STATUS_TEXTS
+from .sequence import SequenceState, window_tail
+
+SLICE_MICROSECONDS = 20_000  # of one call: Ctrl-C waits no longer than that and a step
+STREAM_MICROSECONDS, STREAM_STEPS = 5_000, 16  # of one call when each token is looked at
+FINISH = ("length", "eos", "error", "stop")
+_NOTHING = torch.empty(0)
+
+
+def _op(name: str):
+    return function("cpu", f"generator_{name}")
+
+
+class PackedNetwork:
+    """A copy of a network's weights as the C++ loop reads them, in ``precision``: float32, bfloat16 or int8."""
+
+    def __init__(self, network: Network, precision: str = "float32") -> None:
+        self.network, self.precision = network, precision
+        config = network.config
+        with torch.no_grad():
+            inputs = None
+            if config.input != "onehot":
+                every = torch.arange(config.vocab_size, device=network.head.weight.device)
+                inputs = network.inputs(every).contiguous()
+            weights = [weight.contiguous() for weight in network.weights()]
+            head, bias = network.head.weight.contiguous(), network.head.bias
+            self.number = _op("pack")(config.cell, precision, inputs, weights, network.rnn.bias, head, bias)
+        self.threads = torch.get_num_threads()
+        weakref.finalize(self, _op("free_network"), self.number)
+
+    def read(self, prompt: Tensor, state: SequenceState | None, window: int | None) -> tuple[State, Tensor, Tensor]:
+        """(hidden, logits, tail) after ``prompt``, 1-D int64, from ``state``: the parts of a `SequenceState`."""
+        windowed = self.network.config.state == "window"
+        zero = self.network.zero_state(1)
+        start = zero if state is None or windowed else state.hidden
+        ids = window_tail(prompt, state, window) if windowed else prompt
+        h, c = start if isinstance(start, tuple) else (start, _NOTHING)
+        if not len(ids):
+            return start, state.logits, ids
+        h, c, logits = _op("read")(self.number, ids.contiguous(), h.contiguous(), c.contiguous(), self.threads)
+        if windowed:
+            return zero, logits, ids
+        return (h, c) if isinstance(start, tuple) else h, logits, ids[:0]
+
+
+class NativeEngine:
+    """Runs requests as `engine.Engine` does; `step` lets every row make many steps.
+
+    events: whether `step` gives the tokens as they come, at the price of shorter calls.
+    """
+
+    def __init__(
+        self, packed: PackedNetwork, requests: Iterable[Request], batch_rows: int | None = None, *, events: bool = True
+    ) -> None:
+        self.packed, self.network, self.events = packed, packed.network, events
+        self.windowed = self.network.config.state == "window"
+        rows = batch_rows or BATCH_ROWS
+        first = list(itertools.islice(requests := iter(requests), rows))
+        self.pending = enumerate(itertools.chain(first, requests))
+        self.rows = max(1, len(first))
+        self.exhausted = False  # no request is pending
+        self.known_state: SequenceState | None = None
+        self.waiting = 0  # requests given to the session that have no row yet
+        self.wanted = 2 * self.rows  # how many should be waiting, so that no row is idle before the next call
+        self.live: dict[int, tuple[int, bool]] = {}  # index -> prompt_tokens, logprobs; of requests under way
+        self.seen_tokens: dict[int, int] = {}  # index -> how many tokens the caller has looked at
+        self.stopped: dict[int, int] = {}  # index -> how many tokens it had when it was stopped
+        self.completions: list[Completion] = []
+        self.results: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.session = _op("start")(packed.number, self.rows, self.windowed, packed.threads)
+        weakref.finalize(self, _op("free_session"), self.session)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is running or may be pending, or results wait to be taken."""
+        return bool(self.live or self.completions) or not self.exhausted
+
+    def step(self) -> Iterator[tuple[int, int]]:
+        """Run for a while; an iterator over the (index, token) pairs drawn, of those requests that `stop` has not
+        ended."""
+        self._feed()
+        if not self.live:
+            return iter(())
+        time, steps = (STREAM_MICROSECONDS, STREAM_STEPS) if self.events else (SLICE_MICROSECONDS, 0)
+        results, tokens, logprobs, events, waiting = _op("run")(
+            _NOTHING, self.session, time, steps, not self.exhausted, self.events
+        )
+        before, self.waiting = self.waiting, int(waiting[0])
+        self.wanted = max(2 * self.rows, 2 * (before - self.waiting))
+        if len(results):
+            self.results.append((results, tokens, logprobs))
+        return self._look(events.tolist())
+
+    def stop(self, index: int) -> None:
+        """End request ``index`` after the tokens that were looked at, with finish_reason ``stop`` unless those are all
+        of a request that has failed or drawn an eos."""
+        if index in self.live and index not in self.stopped:
+            self.stopped[index] = self.seen_tokens.get(index, 0)
+            _op("stop")(self.session, index)
+
+    def take_completions(self) -> list[Completion]:
+        """What has finished since the last call, in the order in which it finished."""
+        done, self.completions = self.completions, []
+        for results, tokens, logprobs in self.results:
+            every, values, at, at_value = tokens.tolist(), logprobs.tolist(), 0, 0
+            for index, finish, status, count in results.view(-1, 4).tolist():
+                prompt_tokens, wants = self.live.pop(index)
+                own = values[at_value : at_value + count] if wants else None
+                completion = Completion(index, every[at : at + count], own, prompt_tokens, FINISH[finish])
+                at, at_value = at + count, at_value + (count if wants else 0)
+                if status:
+                    completion.error = f"token {count} cannot be drawn: {STATUS_TEXTS[status]}"
+                self._cut(completion)
+                done.append(completion)
+        self.results = []
+        return done
+
+    def _look(self, events: list[int]) -> Iterator[tuple[int, int]]:
+        for index, token in zip(events[::2], events[1::2]):
+            if index not in self.stopped:
+                self.seen_tokens[index] = self.seen_tokens.get(index, 0) + 1
+                yield index, token
+
+    def _cut(self, completion: Completion) -> None:
+        """Take back what a stopped request has drawn after its last token that was looked at."""
+        self.seen_tokens.pop(completion.index, None)
+        count = self.stopped.pop(completion.index, None)
+        if count is None or (count == len(completion.token_ids) and completion.finish_reason in ("eos", "error")):
+            return
+        del completion.token_ids[count:]
+        if completion.logprobs is not None:
+            del completion.logprobs[count:]
+        completion.finish_reason, completion.error = "stop", None
+
+    def _feed(self) -> None:
+        """Give the session requests until ``wanted`` of them wait."""
+        numbers, reals, ids = array("q"), array("f"), array("q")
+        states: list[SequenceState] = []  # those of the requests at hand, each once where neighbours share one
+        while not self.exhausted and self.waiting < self.wanted:
+            index, request = next(self.pending, (-1, None))
+            if request is None:
+                self.exhausted = True
+                break
+            prompt = check_request(request, self.network, self.known_state)
+            self.known_state = state = request.state
+            tokens = len(prompt) + (state.length if state else 0)
+            if request.max_new_tokens == 0:
+                self.completions.append(Completion(index, [], [] if request.logprobs else None, tokens, "length"))
+                continue
+            if state is not None and not (states and states[-1] is state):
+                states.append(state)
+            self.live[index] = tokens, request.logprobs
+            self.waiting += 1
+            kernel = request.sampling.numbers()
+            numbers.extend((
+                index, len(prompt), len(request.eos), request.max_new_tokens, kernel.top_k, kernel.top_p,
+                signed(request.seed), signed(request.sequence), request.sampling.mode_of, request.logprobs,
+                request.window or self.network.config.window or 0, -1 if state is None else len(states) - 1,
+            ))  # fmt: skip
+            penalty = request.repetition_penalty
+            reals.extend((kernel.scale, kernel.min_p, penalty, 1 / penalty))
+            ids.extend(prompt.tolist())
+            ids.extend(request.eos)
+        if numbers:
+            columns = (_tensor(numbers, torch.int64).view(-1, 12), _tensor(reals, torch.float32).view(-1, 4))
+            parts = [part for state in states for part in _parts(state)]
+            _op("add")(self.session, *columns, _tensor(ids, torch.int64), parts)
+
+
+def _parts(state: SequenceState) -> list[Tensor]:
+    """The tensors of a start state in the order of `generator_add`."""
+    h, c = state.hidden if isinstance(state.hidden, tuple) else (state.hidden, _NOTHING)
+    return [part.contiguous() for part in (h, c, state.logits, state.tail, state.seen)]
+
+
+def _tensor(numbers: array, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
