@@ -73,8 +73,8 @@ def generate(
 ) -> Iterator[Completion]:
     """Run every request and yield its `Completion` as soon as it is done, so in the order in which they finish.
 
-    ``requests`` is read a little ahead of the places that get free, so a million of them need no memory. ``on_token(index, token)`` is
-    called for each token; True ends that row with finish_reason ``stop``. ``dtype`` and ``quantize`` as in
+    ``requests`` is read a little ahead of the places that get free, so a million need no memory. ``on_token(index,
+    token)`` is called for each token; True ends that row with finish_reason ``stop``. ``dtype`` and ``quantize`` as in
     `make_runner`. The network's training flag and gradients are left alone.
     """
     runner = make_runner(network, dtype=dtype, quantize=quantize)
