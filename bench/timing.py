@@ -58,6 +58,45 @@ def interleaved(rivals: dict[str, Callable[[], object]], rounds: int = 9, second
     return {name: summary(values) for name, values in samples.items()}
 
 
+class Slope(NamedTuple):
+    """What a loop of n steps costs: ``step`` microseconds for each more step, ``setup`` microseconds before them."""
+
+    step: Timing
+    setup: Timing
+
+
+def slopes(
+    loops: dict[str, Callable[[int], object]], clock: Callable[[], float] = time.process_time, rounds: int = 7,
+    seconds: float = 0.1, budget: float = 20.0,
+) -> dict[str, Slope]:  # fmt: skip
+    """The `Slope` of each loop, from the time of 1, n and 3n steps in each round, n so that 2n steps take ``seconds``.
+
+    ``rounds`` shrink to no fewer than three where all of them would take longer than ``budget`` seconds.
+    """
+
+    def timed(loop: Callable[[int], object], steps: int) -> float:
+        start = clock()
+        loop(steps)
+        return clock() - start
+
+    lengths, round_seconds = {}, 0.0
+    for name, loop in loops.items():
+        loop(1)
+        number, one = 1, timed(loop, 1)
+        while (once := timed(loop, number + 1)) < seconds / 4:
+            number *= 4
+        each = max(once - one, once / 10) / number
+        lengths[name] = max(1, round(seconds / 2 / each))
+        round_seconds += 2 * one + 4 * lengths[name] * each
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
+    for _ in range(max(3, min(rounds, int(budget / round_seconds)))):
+        for name, loop in loops.items():
+            one, short, long = (timed(loop, steps) for steps in (1, lengths[name], 3 * lengths[name]))
+            each = (long - short) / (2 * lengths[name])
+            samples[name].append((each * 1e6, (one - each) * 1e6))
+    return {name: Slope(*(summary(list(values)) for values in zip(*pairs))) for name, pairs in samples.items()}
+
+
 def summary(values: list[float]) -> Timing:
     """Median, 20th and 80th percentile."""
     if len(values) == 1:

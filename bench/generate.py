@@ -1,0 +1,256 @@
+"""Generation: tokens a second of all rows together, ours against whatever else can run the same weights.
+
+A token's cost is the slope between two lengths, so that set-up and packing are not in it; ours are reported apart. On
+one thread the clock is CPU time, on more it is wall time. Every rival is checked before it is timed: what it predicts
+after fixed ids against the float64 reference, and the ids it draws against the probabilities they should have. Ratios
+are to the baseline: the PyTorch loop of step, softmax and multinomial, with oneDNN on or off, whichever is faster. Slow
+rivals run in fewer rounds, never fewer than three; `torch.compile` costs up to half a minute for each network.
+
+    python -m bench.generate [--threads 1] [--quick] [--models M ...] [--batches B ...] [--peers P ...] [--output CSV]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastrnn
+from bench import peers, peers_graph, roofs
+from bench.timing import Slope, Timing, row, slopes, write_csv
+from fastrnn import Network, NetworkConfig
+from fastrnn.generate import generate
+from fastrnn.network import GATES
+from fastrnn.request import Request
+
+MODELS = {
+    "gru 1x32 E=16 V=10": NetworkConfig(10, embedding_dim=16, cell="gru", hidden_size=32),
+    "lstm 1x64 onehot V=82": NetworkConfig(82, input="onehot", hidden_size=64),
+    "lstm 4x256 scalar V=65": NetworkConfig(65, input="scalar", hidden_size=256, num_layers=4),
+    "lstm 2x256 onehot V=65": NetworkConfig(65, input="onehot", hidden_size=256, num_layers=2, head="last"),
+    "rnn 1x128 onehot V=10000": NetworkConfig(10000, input="onehot", cell="rnn_tanh", hidden_size=128),
+    "lstm 1x128 E=128 V=10000": NetworkConfig(10000, hidden_size=128),
+    "gru 2x512 onehot V=128": NetworkConfig(128, input="onehot", cell="gru", hidden_size=512, num_layers=2),
+    "lstm 3x512 onehot V=128": NetworkConfig(128, input="onehot", hidden_size=512, num_layers=3),
+    "lstm 2x1024 onehot V=256": NetworkConfig(256, input="onehot", hidden_size=1024, num_layers=2),
+}
+BATCHES = (1, 16, 256, 1024)
+QUICK = {"models": ["gru 1x32 E=16 V=10"], "batches": [1, 16]}
+# Ours: keywords of `generate`, and the dtype whose honest error is allowed.
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fastrnn float32": ("float32", {}),
+    "fastrnn bfloat16": ("bfloat16", {"dtype": torch.bfloat16}),
+    "fastrnn int8": ("int8", {"quantize": "int8"}),
+}
+PEERS: dict[str, Callable[[Network, int], peers.Peer]] = {
+    **peers.PEERS,
+    "onnxruntime step": peers_graph.ort_step,
+    "onnxruntime loop": peers_graph.ort_loop,
+    "openvino": peers_graph.openvino,
+    "openvino bfloat16": functools.partial(peers_graph.openvino, dtype="bfloat16"),
+    "jax loop": peers_graph.jax_loop,
+}
+COMPILED = {name for name in PEERS if name.startswith("compiled")}  # seconds to build each: not in --quick
+LOGITS_SPREAD = 2.0  # standard deviation of the logits, about that of a trained character model
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+class Rival(NamedTuple):
+    """What is timed; ``tokens`` reads the ids (n, B) out of what ``run`` returns."""
+
+    dtype: str
+    run: Callable[[int], Any]
+    tokens: Callable[[Any], Tensor]
+
+
+def build(config: NetworkConfig) -> Network:
+    """The network of ``config`` with random weights of a fixed seed."""
+    torch.manual_seed(0)
+    network = Network(config).eval().requires_grad_(False)
+    ids = torch.randint(config.vocab_size, (64, 8))
+    network.head.weight *= LOGITS_SPREAD / network(ids)[0].std()
+    return network
+
+
+class Judge:
+    """The float64 reference of one network, and what it thinks of a rival."""
+
+    ROWS, STEPS = 16, 12
+
+    def __init__(self, network: Network, batch: int) -> None:
+        self.network, self.batch = network, batch
+        double = Network(dataclasses.replace(network.config, head="all"), dtype=torch.float64)
+        double.load_state_dict(network.state_dict())
+        self.double = double.eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(network.config.vocab_size, (self.STEPS, self.ROWS), generator=generator)
+        self.ids = ids[:, torch.arange(batch) % self.ROWS]
+        self.errors: dict[str, float] = {}  # of plain PyTorch, by dtype
+        self.expected = self.log_probabilities(self.ids[:, : self.ROWS])[-1]
+
+    def log_probabilities(self, ids: Tensor) -> Tensor:
+        """What follows each of ids (T, n), by the reference in float64: (T, n, V)."""
+        with fastrnn.backend("reference"):
+            return self.double(ids.t())[0].log_softmax(-1).transpose(0, 1)
+
+    def error(self, logits: Tensor) -> float:
+        """The largest error of the log-probabilities of logits (B, V) after ``self.ids``."""
+        rows = torch.arange(len(logits)) % self.ROWS
+        return (logits.double().log_softmax(-1) - self.expected[rows]).abs().max().item()
+
+    def allowed(self, dtype: str) -> float:
+        """Three times the error of plain PyTorch in ``dtype`` on the same ids, and a floor of 64 float32 roundings."""
+        if dtype not in self.errors:
+            self.errors[dtype] = self.error(peers.PLAIN[dtype](self.network, self.batch).logits(self.ids))
+        return 3 * self.errors[dtype] + 64 * torch.finfo(torch.float32).eps
+
+    def surprise(self, tokens: Tensor) -> float:
+        """How many standard deviations the surprise of drawn ids (n, B) is from its expectation, the entropy."""
+        tokens = tokens[:, :8]
+        before = torch.cat([torch.full_like(tokens[:1], peers.FIRST), tokens[:-1]])
+        logs = self.log_probabilities(before)
+        entropy = -(logs.exp() * logs).sum(-1)
+        variance = (logs.exp() * logs.square()).sum(-1) - entropy.square()
+        found = -logs.gather(2, tokens.unsqueeze(-1))[..., 0]
+        return ((found - entropy).sum() / variance.sum().sqrt()).item()
+
+    def refuse(self, name: str, rival: Rival, error: float) -> None:
+        """Stop everything where a rival is wrong."""
+        if not error <= self.allowed(rival.dtype):
+            raise SystemExit(f"not timed: {name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
+        deviations = self.surprise(rival.tokens(rival.run(32)))
+        if not abs(deviations) <= 6:
+            raise SystemExit(f"not timed: the ids {name} draws are {deviations:.1f} standard deviations off")
+
+
+def requests(batch: int, number: int, **options: Any) -> list[Request]:
+    return [Request([peers.FIRST], number, sequence=row, **options) for row in range(batch)]
+
+
+def by_index(completions: list) -> list:
+    return sorted(completions, key=lambda completion: completion.index)
+
+
+def ours(network: Network, batch: int, dtype: str, keywords: dict[str, Any], judge: Judge) -> tuple[Rival, float]:
+    """Our rival, and its error: of the log-probabilities it gives to the ids it draws."""
+    missing = sorted(set(keywords) - set(inspect.signature(generate).parameters))
+    if missing:
+        raise peers.Unavailable(f"generate has no keyword {', '.join(missing)}")
+
+    def run(number: int) -> list:
+        return list(generate(network, requests(batch, number), batch_size=batch, **keywords))
+
+    def tokens(completions: list) -> Tensor:
+        return torch.tensor([completion.token_ids for completion in by_index(completions)]).t()
+
+    try:
+        wanted = requests(batch, judge.STEPS, logprobs=True)
+        done = by_index(list(generate(network, wanted, batch_size=batch, **keywords)))[-judge.ROWS :]
+    except (ValueError, NotImplementedError) as refusal:
+        raise peers.Unavailable(str(refusal)) from refusal
+    drawn, found = tokens(done), torch.tensor([completion.logprobs for completion in done]).t()
+    before = torch.cat([torch.full_like(drawn[:1], peers.FIRST), drawn[:-1]])
+    expected = judge.log_probabilities(before).gather(2, drawn.unsqueeze(-1))[..., 0]
+    return Rival(dtype, run, tokens), (found - expected).abs().max().item()
+
+
+def rivals(network: Network, batch: int, names: list[str], judge: Judge) -> dict[str, Rival]:
+    """Every rival that can run here, checked; why another cannot is printed."""
+    found: dict[str, Rival] = {}
+    for name in (*OURS, *names):
+        try:
+            if name in OURS:
+                rival, error = ours(network, batch, *OURS[name], judge)
+            else:
+                peer = PEERS[name](network, batch)
+                rival, error = Rival(peer.dtype, peer.run, lambda tokens: tokens), judge.error(peer.logits(judge.ids))
+        except peers.Unavailable as reason:
+            print(f"  {name}: not available: {reason}", flush=True)
+            continue
+        judge.refuse(name, rival, error)
+        found[name] = rival
+    return found
+
+
+def work(config: NetworkConfig) -> tuple[int, int]:
+    """(operations a token, weights read a step): without layer 0's input product, which is a row of a table."""
+    hidden, gates = config.hidden_size, GATES[config.cell]
+    recurrent = gates * hidden * hidden
+    weights = recurrent * (2 * config.num_layers - 1) + hidden * config.vocab_size
+    return 2 * weights, weights
+
+
+def report(name: str, dtype: str, batch: int, cost: Slope, base: float, config: NetworkConfig, top: roofs.Roofs) -> str:
+    """One printed line; ``base`` is the baseline's microseconds a step."""
+    step, spread = cost.step, f"({batch / cost.step.p80 * 1e6:,.0f} to {batch / cost.step.p20 * 1e6:,.0f})"
+    line = f"  {name:<30} {batch / step.median * 1e6:>12,.0f} tokens/s {spread:<26} {base / step.median:8.2f}x"
+    if name in OURS:
+        operations, weights = work(config)
+        size, seconds = weights * WEIGHT_BYTES[dtype], step.median / 1e6
+        least = top.seconds(dtype, operations * batch, size)
+        line += f"  {operations * batch / seconds / 1e9:.1f} GFLOP/s, weights {size / seconds / 1e9:.1f} GB/s, "
+        line += f"{100 * least / seconds:.0f} % of the roof; set-up {cost.setup.median:,.0f} us"
+    return line
+
+
+def measure(model: str, batch: int, names: list[str], top: roofs.Roofs, pace: dict[str, Any]) -> list[dict]:
+    """CSV rows of one network and number of rows; printed as they come."""
+    config, threads = MODELS[model], torch.get_num_threads()
+    start = time.perf_counter()
+    print(f"{model}, B={batch}, {threads} thread{'s' * (threads > 1)}", flush=True)
+    network = build(config)
+    entrants = rivals(network, batch, names, Judge(network, batch))
+    clock, unit = (time.process_time, "tokens/s of CPU time") if threads == 1 else (time.perf_counter, "tokens/s")
+    costs = slopes({name: rival.run for name, rival in entrants.items()}, clock, **pace)
+    base = min((costs[name].step.median for name in peers.BASELINES if name in costs), default=float("nan"))
+    sizes = dict(B=batch, I=config.input_size, H=config.hidden_size, L=config.num_layers, V=config.vocab_size)
+    rows = []
+    for name, cost in costs.items():
+        dtype = entrants[name].dtype
+        print(report(name, dtype, batch, cost, base, config, top), flush=True)
+        speed = Timing(*(batch / value * 1e6 for value in (cost.step.median, cost.step.p80, cost.step.p20)))
+        rows.append(row(f"generate {model}", name, speed, unit, dtype=dtype, **sizes))
+        if name in OURS:
+            rows.append(row(f"generate set-up {model}", name, cost.setup, "us", dtype=dtype, **sizes))
+    print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure every row and write the CSV after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="two small rows, few rounds, no torch.compile")
+    parser.add_argument("--models", nargs="*", choices=MODELS, help="some of the networks")
+    parser.add_argument("--batches", nargs="*", type=int, help="some numbers of rows")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="some of the peers; the option alone: none")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message="TF32 acceleration")  # said whenever oneDNN is switched off
+    models = options.models or (QUICK["models"] if options.quick else list(MODELS))
+    batches = options.batches or (QUICK["batches"] if options.quick else BATCHES)
+    names = [name for name in PEERS if not options.quick or name not in COMPILED]
+    names = names if options.peers is None else options.peers
+    pace = {"rounds": 3, "seconds": 0.01} if options.quick else {}
+    top = roofs.measure(3 if options.quick else 15)
+    print(top, flush=True)
+    rows = top.rows()
+    for model in models:
+        for batch in batches:
+            rows += measure(model, batch, names, top, pace)
+            write_csv(options.output, rows)
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()
