@@ -84,7 +84,7 @@ def build(config: NetworkConfig) -> Network:
 class Judge:
     """The float64 reference of one network, and what it thinks of a rival."""
 
-    ROWS, STEPS = 16, 12
+    ROWS, STEPS = 16, 6
 
     def __init__(self, network: Network, batch: int) -> None:
         self.network, self.batch = network, batch
@@ -115,7 +115,7 @@ class Judge:
 
     def surprise(self, tokens: Tensor) -> float:
         """How many standard deviations the surprise of drawn ids (n, B) is from its expectation, the entropy."""
-        tokens = tokens[:, :8]
+        tokens = tokens[:, : self.ROWS]
         before = torch.cat([torch.full_like(tokens[:1], peers.FIRST), tokens[:-1]])
         logs = self.log_probabilities(before)
         entropy = -(logs.exp() * logs).sum(-1)
@@ -127,7 +127,7 @@ class Judge:
         """Stop everything where a rival is wrong."""
         if not error <= self.allowed(rival.dtype):
             raise SystemExit(f"not timed: {name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
-        deviations = self.surprise(rival.tokens(rival.run(32)))
+        deviations = self.surprise(rival.tokens(rival.run(max(4, 64 // self.batch))))
         if not abs(deviations) <= 6:
             raise SystemExit(f"not timed: the ids {name} draws are {deviations:.1f} standard deviations off")
 

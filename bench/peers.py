@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import shutil
 import time
 import warnings
 import weakref
@@ -183,6 +184,8 @@ def compiled(network: Network, batch: int, dtype: str = "float32") -> Peer:
     One compiled step serves all batches of a network: dynamo specializes on the first and makes the rows dynamic at
     the second. Its limit of recompilations is an error under ``fullgraph``, never a silent return to eager.
     """
+    if shutil.which("g++") is None:
+        raise Unavailable("torch.compile needs a C++ compiler: there is no g++")
     if network not in _compiled:
         torch._dynamo.reset()
         _compiled[network] = {}

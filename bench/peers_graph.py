@@ -293,6 +293,6 @@ def jax_loop(network: Network, batch: int) -> Peer:
     def run(number: int) -> Tensor:
         random.random(out=u[:number], dtype=np.float32)
         found = jitted(constants, first, zero, u, number)
-        return torch.from_numpy(np.array(found)[:number])
+        return torch.from_numpy(np.array(found)[:number]).long()
 
     return Peer("float32", logits, run)

@@ -66,12 +66,13 @@ class Slope(NamedTuple):
 
 
 def slopes(
-    loops: dict[str, Callable[[int], object]], clock: Callable[[], float] = time.process_time, rounds: int = 7,
-    seconds: float = 0.1, budget: float = 20.0,
+    loops: dict[str, Callable[[int], object]], clock: Callable[[], float] = time.process_time, rounds: int = 5,
+    seconds: float = 0.1, budget: float = 15.0,
 ) -> dict[str, Slope]:  # fmt: skip
-    """The `Slope` of each loop, from the time of 1, n and 3n steps in each round, n so that 2n steps take ``seconds``.
+    """The `Slope` of each loop, from the times of two lengths in each round.
 
-    ``rounds`` shrink to no fewer than three where all of them would take longer than ``budget`` seconds.
+    The difference of the lengths takes ``seconds``, or twice the set-up where that is longer. ``rounds`` shrink to no
+    fewer than three where all of them would take longer than ``budget`` seconds.
     """
 
     def timed(loop: Callable[[int], object], steps: int) -> float:
@@ -86,13 +87,15 @@ def slopes(
         while (once := timed(loop, number + 1)) < seconds / 4:
             number *= 4
         each = max(once - one, once / 10) / number
-        lengths[name] = max(1, round(seconds / 2 / each))
-        round_seconds += 2 * one + 4 * lengths[name] * each
+        more = max(1, round(max(seconds, 2 * (one - each)) / each))
+        lengths[name] = (max(1, more // 2), max(1, more // 2) + more)
+        round_seconds += one + sum(lengths[name]) * each
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     for _ in range(max(3, min(rounds, int(budget / round_seconds)))):
         for name, loop in loops.items():
-            one, short, long = (timed(loop, steps) for steps in (1, lengths[name], 3 * lengths[name]))
-            each = (long - short) / (2 * lengths[name])
+            (few, many), one = lengths[name], timed(loop, 1)
+            short = timed(loop, few) if few > 1 else one
+            each = (timed(loop, many) - short) / (many - few)
             samples[name].append((each * 1e6, (one - each) * 1e6))
     return {name: Slope(*(summary(list(values)) for values in zip(*pairs))) for name, pairs in samples.items()}
 
