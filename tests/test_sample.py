@@ -124,7 +124,7 @@ def test_the_header_has_the_same_constants(root):
 # --- the C++ --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request):
     """Each instruction set that the C++ is compiled for."""
     if backends.extension_missing():

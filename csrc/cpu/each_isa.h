@@ -5,6 +5,9 @@
 // never by a compiler flag: under a flag, an inline function of a shared header would be compiled with AVX-512 in one
 // file and the linker might keep that copy for the whole program, which then dies on an older CPU. For the same
 // reason all code inside a variant lives in the variant's own namespace and uses no function of the standard library.
+//
+// A file that defines FR_WITH_AMX gets a variant with the matrix tiles too, in which FR_AMX is 1; for the others that
+// instruction set is AVX-512.
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -13,19 +16,39 @@
 
 #if FR_X86
 #if defined(__clang__)
-#define FR_TARGET_AVX512                                                                                           \
-  _Pragma(                                                                                                         \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = " \
-      "function)")
-#define FR_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
+#define FR_PRAGMA(text) _Pragma(#text)
+#define FR_TARGET(instructions) \
+  FR_PRAGMA(clang attribute push(__attribute__((target(instructions))), apply_to = function))
+#define FR_TARGET_AMX FR_TARGET("avx512bw,avx512dq,avx512vl,fma,avx512bf16,avx512vnni,amx-bf16,amx-int8")
+#define FR_TARGET_AVX512 FR_TARGET("avx512bw,avx512dq,avx512vl,fma")
+#define FR_TARGET_AVX2 FR_TARGET("avx2,fma")
 #define FR_TARGET_END _Pragma("clang attribute pop")
 #else
 #define FR_TARGET_AVX512      \
   _Pragma("GCC push_options") \
       _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
 #define FR_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
+#define FR_TARGET_AMX \
+  FR_TARGET_AVX512    \
+  _Pragma("GCC target(\"avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8\")")
 #define FR_TARGET_END _Pragma("GCC pop_options")
 #endif
+
+#if FR_KNOWS_AMX && defined(FR_WITH_AMX)
+#define FR_ISA_AMX amx
+#define FR_AMX 1
+FR_TARGET_AMX
+#define FR_ISA amx
+#define FR_VEC_BYTES 64
+#include FR_FILE
+#undef FR_ISA
+#undef FR_VEC_BYTES
+FR_TARGET_END
+#undef FR_AMX
+#else
+#define FR_ISA_AMX avx512
+#endif
+#define FR_AMX 0
 
 FR_TARGET_AVX512
 #define FR_ISA avx512
@@ -42,6 +65,8 @@ FR_TARGET_AVX2
 #undef FR_ISA
 #undef FR_VEC_BYTES
 FR_TARGET_END
+#else
+#define FR_AMX 0
 #endif
 
 #define FR_ISA portable
@@ -58,6 +83,7 @@ FR_TARGET_END
 #if FR_X86
 #define FR_DISPATCH(kernel, call)                      \
   switch (current_isa()) {                             \
+    case Isa::amx: return FR_ISA_AMX::kernel(call);    \
     case Isa::avx512: return avx512::kernel(call);     \
     case Isa::avx2: return avx2::kernel(call);         \
     case Isa::portable: return portable::kernel(call); \

@@ -20,10 +20,16 @@
 #if FR_X86
 #include <immintrin.h>
 #endif
+// Whether this compiler knows the matrix tiles (AMX) and this system lends them to a process that asks.
+#if FR_X86 && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define FR_KNOWS_AMX 1
+#else
+#define FR_KNOWS_AMX 0
+#endif
 
 namespace fr {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, amx };
 
 // What the next call runs; the errors of cpu_isa().
 Isa current_isa();
