@@ -158,14 +158,14 @@ template <class R> FR_HD LstmStepGrad<R> lstm_step_grad(R dm, R dc, R i, R f, R 
   return d;
 }
 
-// GRU: r z = sigmoid(xr + hr, xz + hz), n = tanh(xn + r q), h = (1 - z) n + z h'; x* from the input, h* and q from h'.
+// GRU: r z = sigmoid of the pre-activations p, n = tanh(xn + r q), h = (1 - z) n + z h'; xn from the input, q from h'.
 template <class R> struct GruStep {
   R r, z, n, h;
 };
-template <class R> FR_HD GruStep<R> gru_step(R xr, R xz, R xn, R hr, R hz, R q, R h_prev) {
+template <class R> FR_HD GruStep<R> gru_step(R pr, R pz, R xn, R q, R h_prev) {
   GruStep<R> s;
-  s.r = sigmoid(xr + hr);
-  s.z = sigmoid(xz + hz);
+  s.r = sigmoid(pr);
+  s.z = sigmoid(pz);
   s.n = tanh(fma(s.r, q, xn));
   s.h = fma(s.z, h_prev, (R(1) - s.z) * s.n);
   return s;

@@ -10,70 +10,75 @@
 
 #include "vec.h"
 #include "../cell_math.h"
+#include "panel.h"
 #include "gemm.h"
 #include "sequence.h"
 
 namespace fr {
 namespace FR_ISA {
 
-// One row of one step: px, ph (3H,) the input's and the hidden state's parts of r z n; h (H,) in place.
-template <class F> static void gru_row(int64_t H, const F* px, const F* ph, F* h, F* y, F* gates) {
-  using V = Vec<F>;
-  for (int64_t j = 0; j < H; j += V::width) {
-    const int64_t n = H - j;
-    const V q = V::load(ph + 2 * H + j, n);
-    const GruStep<V> s = gru_step(V::load(px + j, n), V::load(px + H + j, n), V::load(px + 2 * H + j, n),
-                                  V::load(ph + j, n), V::load(ph + H + j, n), q, V::load(h + j, n));
-    s.h.store(h + j, n);
-    s.h.store(y + j, n);
-    if (!gates) continue;
-    s.r.store(gates + j, n);
-    s.z.store(gates + H + j, n);
-    s.n.store(gates + 2 * H + j, n);
-    q.store(gates + 3 * H + j, n);
-  }
-}
-
-// Owns:   all outputs of the rows b0 .. b1, for all steps.
-// Keeps:  h in hn; the input's part of a chunk of steps, the hidden part of one.
-// Moves:  a step reads w_hh and (once per chunk) w_ih, rows * (6H + H) of pre-activations and state.
-// Syncs:  nothing: rows do not meet.
-// Limits: none beyond kernels.h.
-template <class F> static void gru_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
-  const GruForward<F>& call = *static_cast<const GruForward<F>*>(ctx);
-  const Sequence<F>& q = call.in;
-  const int64_t rows = b1 - b0, H = q.H;
-  copy(q.h0 + b0 * H, rows * H, call.hn + b0 * H);
-  const int64_t chunk = steps_per_chunk(q, rows);
-  const Scratch<F> scratch((chunk + 1) * rows * 3 * H);
-  F *pre = scratch.get(), *ph = pre + chunk * rows * 3 * H;
-  for (int64_t s = 0; s < q.T; ++s) {
-    if (s % chunk == 0) input_product(q, 3 * H, s, s + chunk < q.T ? s + chunk : q.T, b0, b1, q.b_ih, pre);
-    const int64_t t = time_of(q, s);
-    apply_reset(q, t, b0, b1, call.hn, H);
-    const F* px = pre + (s % chunk) * rows * 3 * H;
-    dot_gemm<F>(rows, 3 * H, H, dense_rows<const F>(call.hn + b0 * H, H), q.w_hh, Onto::bias, q.b_hh,
-                dense_rows(ph, 3 * H));
-    for (int64_t b = b0; b < b1; ++b) {
-      const int64_t at = t * q.B + b;
-      F *y = call.y + at * H, *gates = call.gates ? call.gates + at * 4 * H : nullptr;
-      if (takes_part(q, t, b)) {
-        gru_row(H, px + (b - b0) * 3 * H, ph + (b - b0) * 3 * H, call.hn + b * H, y, gates);
-      } else {
-        zero(y, H);
-        if (gates) zero(gates, 4 * H);
-      }
+// Rows m .. m + MR of one step for the units of one panel.
+// Owns:   y (h) and what is saved, of its rows and units.
+// Keeps:  the sums of r and z, and q, which meet in registers.
+// Moves:  a panel of w_hh, h of its rows, gx.
+// Syncs:  nothing.
+// Limits: none.
+template <class F> struct GruTile {
+  const GruForward<F>& call;
+  const CellWeights<F, 3>& w;
+  const Step<F>& step;
+  template <int MR> void run(int64_t p, int64_t m) const {
+    using V = Vec<F>;
+    const int64_t H = call.in.H, j = p * V::width, n = H - j;
+    V acc[MR][3];
+    const F* h[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const F* gx = step.gx + p * step.panel_stride + step.place[m + i] * 3 * V::width;
+      h[i] = step.h[m + i];
+      acc[i][0] = V::load(gx), acc[i][1] = V::load(gx + V::width), acc[i][2] = V::load(w.bias_n.get() + j);
+    }
+    panel_product<F, MR, 1, 3>(w.w_hh.get() + p * H * 3 * V::width, 0, h, H, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const F* xn = step.gx + p * step.panel_stride + (step.place[m + i] * 3 + 2) * V::width;
+      const V q = acc[i][2];
+      const GruStep<V> s = gru_step(acc[i][0], acc[i][1], V::load(xn), q, V::load(h[i] + j, n));
+      const int64_t at = step.t * call.in.B + step.b[m + i];
+      s.h.store(call.y + at * H + j, n);
+      if (!call.gates) continue;
+      F* gates = call.gates + at * 4 * H + j;
+      s.r.store(gates, n);
+      s.z.store(gates + H, n);
+      s.n.store(gates + 2 * H, n);
+      q.store(gates + 3 * H, n);
     }
   }
-}
+};
+
+// What forward_block needs of the cell.
+template <class F> struct GruSteps {
+  const GruForward<F>& call;
+  const CellWeights<F, 3>& w;
+  void step(const Step<F>& s) const { each_tile<3>(w.panels, s.count, GruTile<F>{call, w, s}); }
+  void skip(int64_t t, int64_t b) const {
+    const int64_t at = t * call.in.B + b, H = call.in.H;
+    zero(call.y + at * H, H);
+    if (call.gates) zero(call.gates + at * 4 * H, 4 * H);
+  }
+};
 
 template <class F> static void gru_forward(const GruForward<F>& call) {
   const Sequence<F>& q = call.in;
-  run_split(q.pool, q.B, q.T * q.B * 3 * q.H * (q.I + q.H), &call, gru_forward_rows<F>);
+  const CellWeights<F, 3> w(q);
+  split(q.pool, q.B, q.T * q.B * 3 * q.H * (q.I + q.H), [&](int64_t b0, int64_t b1) {
+    forward_rows(w, b0, b1, call.y, GruSteps<F>{call, w});
+    for (int64_t b = b0; b < b1; ++b) copy(last_state(q, b, q.h0, call.y, q.H), q.H, call.hn + b * q.H);
+  });
 }
 
-// One row of one step backwards: dh (H,) reaches h and becomes the direct part of that of h'; dp (4H,) gets those of r
-// and z, of n's input part and of q; h_prev may be null for 0.
+// One row of one step backwards: dh (H,) reaches h and becomes the direct part of that of h'; dp (4H,) gets those of
+// n's input part, r, z and q, so that the parts of W_ih and of W_hh are neighbours each; h_prev may be null for 0.
 template <class F> static void gru_row_grad(int64_t H, const F* dy, F* dh, const F* gates, const F* h_prev, F* dp) {
   using V = Vec<F>;
   for (int64_t j = 0; j < H; j += V::width) {
@@ -82,55 +87,46 @@ template <class F> static void gru_row_grad(int64_t H, const F* dy, F* dh, const
                                            V::load(gates + H + j, n), V::load(gates + 2 * H + j, n),
                                            V::load(gates + 3 * H + j, n), h_prev ? V::load(h_prev + j, n) : V(0));
     d.h_prev.store(dh + j, n);
-    d.pr.store(dp + j, n);
-    d.pz.store(dp + H + j, n);
-    d.pn.store(dp + 2 * H + j, n);
+    d.pn.store(dp + j, n);
+    d.pr.store(dp + H + j, n);
+    d.pz.store(dp + 2 * H + j, n);
     d.q.store(dp + 3 * H + j, n);
   }
 }
 
-// What the steps leave for the weight gradients; all 0 where a row does not take part.
 template <class F> struct GruBackwardKernel {
   const GruBackward<F>& call;
-  F* dp;  // (T*B, 4H) gradients of r, z, n's input part, q
-  F* h;   // (T*B, H) the h each step started from
+  PackedMatrix<F> w_hh, w_ih;  // w_ih in the order n r z
 };
 
-// Owns:   dh0 and the kernel's arrays of the rows b0 .. b1.
+// Owns:   dh0 and the chunk's arrays of the rows b0 .. b1.
 // Keeps:  the running gradient of h in dh0.
-// Moves:  a step reads w_hh and rows * (4H gates + 3H), writes rows * 6H.
+// Moves:  a step reads w_hh and rows * (4H gates + 3H), writes rows * 5H.
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F> static void gru_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
-  const GruBackwardKernel<F>& k = *static_cast<const GruBackwardKernel<F>*>(ctx);
+template <class F>
+static void gru_backward_steps(const GruBackwardKernel<F>& k, const Chunk<F>& c, int64_t b0, int64_t b1) {
   const GruBackward<F>& call = k.call;
   const Sequence<F>& q = call.in;
   const int64_t rows = b1 - b0, H = q.H;
-  copy(call.dhn + b0 * H, rows * H, call.dh0 + b0 * H);
   const Scratch<F> through_w(rows * H);
-  for (int64_t s = q.T - 1; s >= 0; --s) {
+  const Scratch<const F*> a(rows);
+  const Scratch<F*> out(rows);
+  const Scratch<int64_t> b_of(rows);
+  for (int64_t s = c.s1 - 1; s >= c.s0; --s) {
     const int64_t t = time_of(q, s);
+    int64_t count = 0;
     for (int64_t b = b0; b < b1; ++b) {
-      const int64_t at = t * q.B + b;
-      F *dp = k.dp + at * 4 * H, *h = k.h + at * H;
-      if (!takes_part(q, t, b)) {
-        zero(dp, 4 * H), zero(h, H);
-        continue;
-      }
-      const F* h_prev = state_before(q, s, b, q.h0, call.y, H);
-      gru_row_grad(H, call.dy + at * H, call.dh0 + b * H, call.gates + at * 4 * H, h_prev, dp);
-      if (h_prev)
-        copy(h_prev, H, h);
-      else
-        zero(h, H);
+      if (!enter_row(q, c, s, b, call.y)) continue;
+      const int64_t at = t * q.B + b, in_chunk = c.at(t, b, q.B);
+      F* dp = c.dp + in_chunk * c.ld;
+      gru_row_grad(H, call.dy + at * H, call.dh0 + b * H, call.gates + at * 4 * H, c.h[in_chunk], dp);
+      a.get()[count] = dp + H, out.get()[count] = through_w.get() + count * H, b_of.get()[count++] = b;
     }
-    const F* dp = k.dp + (t * q.B + b0) * 4 * H;
-    outer_gemm<F>(rows, H, 2 * H, {dp, 4 * H, 1}, q.w_hh, H, false, through_w.get(), H);
-    outer_gemm<F>(rows, H, H, {dp + 3 * H, 4 * H, 1}, q.w_hh + 2 * H * H, H, true, through_w.get(), H);
-    for (int64_t b = b0; b < b1; ++b) {
-      if (!takes_part(q, t, b)) continue;
-      F* dh = call.dh0 + b * H;
-      for (int64_t j = 0; j < H; ++j) dh[j] += through_w.get()[(b - b0) * H + j];
+    k.w_hh.multiply(count, a.get(), out.get());
+    for (int64_t i = 0; i < count; ++i) {
+      F *dh = call.dh0 + b_of.get()[i] * H, *part = through_w.get() + i * H;
+      for (int64_t j = 0; j < H; ++j) dh[j] += part[j];
     }
     apply_reset(q, t, b0, b1, call.dh0, H);
   }
@@ -138,15 +134,24 @@ template <class F> static void gru_backward_rows(int64_t b0, int64_t b1, const v
 
 template <class F> static void gru_backward(const GruBackward<F>& call) {
   const Sequence<F>& q = call.in;
-  const int64_t rows = q.T * q.B, H = q.H;
-  const Scratch<F> scratch(rows * 5 * H);
-  GruBackwardKernel<F> k{call, scratch.get(), rows ? scratch.get() + rows * 4 * H : nullptr};
-  run_split(q.pool, q.B, rows * H * 3 * H, &k, gru_backward_rows<F>);
-  input_grads<F>(q, 3 * H, k.dp, 4 * H, call.dx, call.dw_ih, call.db_ih);
-  weight_grad<F>(q.pool, 2 * H, {H, rows, k.dp, 4 * H, k.h, call.dw_hh, call.db_hh});
-  weight_grad<F>(q.pool, H,
-                 {H, rows, rows ? k.dp + 3 * H : nullptr, 4 * H, k.h, call.dw_hh + 2 * H * H,
-                  call.db_hh ? call.db_hh + 2 * H : nullptr});
+  const int64_t H = q.H, G = 3 * H;
+  copy(call.dhn, q.B * H, call.dh0);
+  zero(call.dw_ih, G * q.I), zero(call.dw_hh, G * H);
+  if (call.db_ih) zero(call.db_ih, G);
+  if (call.db_hh) zero(call.db_hh, G);
+  if (q.T == 0 || q.B == 0) return;
+  GruBackwardKernel<F> k{call, {G, H}, {G, q.I}};
+  k.w_hh.pack_transposed(q.pool, q.w_hh);
+  k.w_ih.pack_transposed(q.pool, q.w_ih, 2 * H);
+  F *db_ih = call.db_ih, *db_n = db_ih ? db_ih + 2 * H : nullptr;
+  backward_chunks(
+      q, 4 * H, q.T * q.B * H * G, [&](const Chunk<F>& c, int64_t b0, int64_t b1) { gru_backward_steps(k, c, b0, b1); },
+      [&](const Chunk<F>& c) {
+        input_grad(q, c, c.dp, k.w_ih, G, call.dx);
+        weight_grad<F>(q.pool, 2 * H, {q.I, c.rows, c.dp + H, c.ld, c.x, call.dw_ih, db_ih});
+        weight_grad<F>(q.pool, H, {q.I, c.rows, c.dp, c.ld, c.x, call.dw_ih + 2 * H * q.I, db_n});
+        weight_grad<F>(q.pool, G, {H, c.rows, c.dp + H, c.ld, c.h, call.dw_hh, call.db_hh});
+      });
 }
 
 }  // namespace FR_ISA

@@ -10,91 +10,98 @@
 
 #include "vec.h"
 #include "../cell_math.h"
+#include "panel.h"
 #include "gemm.h"
 #include "sequence.h"
 
 namespace fr {
 namespace FR_ISA {
 
-// One row of one step: p (4H,) pre-activations, c (H,) the state in place; m (H,) = o tanh(c), h where nothing
-// projects.
-template <class F> static void lstm_row(int64_t H, const F* p, F* c, F* m, F* gates, F* cells) {
-  using V = Vec<F>;
-  for (int64_t j = 0; j < H; j += V::width) {
-    const int64_t n = H - j;
-    const LstmStep<V> s = lstm_step(V::load(p + j, n), V::load(p + H + j, n), V::load(p + 2 * H + j, n),
-                                    V::load(p + 3 * H + j, n), V::load(c + j, n));
-    s.c.store(c + j, n);
-    s.m.store(m + j, n);
-    if (!gates) continue;
-    s.i.store(gates + j, n);
-    s.f.store(gates + H + j, n);
-    s.g.store(gates + 2 * H + j, n);
-    s.o.store(gates + 3 * H + j, n);
-    s.c.store(cells + j, n);
-  }
-}
-
-// Owns:   all outputs of the rows b0 .. b1, for all steps.
-// Keeps:  h and c in hn and cn; the pre-activations of a chunk of steps; m of one step where there is a projection.
-// Moves:  a step reads w_hh, w_hr and (once per chunk) w_ih, rows * (4H + P + H) of state and pre-activations.
-// Syncs:  nothing: rows do not meet.
-// Limits: none beyond kernels.h.
-template <class F> struct LstmForwardKernel {
+// Rows m .. m + MR of one step for the units of one panel.
+// Owns:   c, m (h where nothing projects) and what is saved, of its rows and units.
+// Keeps:  the sums of all four gates, which meet in registers.
+// Moves:  a panel of w_hh, h of its rows, gx, and the state.
+// Syncs:  nothing.
+// Limits: none.
+template <class F> struct LstmTile {
   const LstmForward<F>& call;
-  const F* bias;
-};
-template <class F> static void lstm_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
-  const LstmForward<F>& call = static_cast<const LstmForwardKernel<F>*>(ctx)->call;
-  const F* bias = static_cast<const LstmForwardKernel<F>*>(ctx)->bias;
-  const Sequence<F>& q = call.in;
-  const int64_t rows = b1 - b0, H = q.H, P = q.P;
-  copy(q.h0 + b0 * P, rows * P, call.hn + b0 * P);
-  copy(call.c0 + b0 * H, rows * H, call.cn + b0 * H);
-  const int64_t chunk = steps_per_chunk(q, rows);
-  const Scratch<F> pre(chunk * rows * 4 * H), m(call.w_hr ? rows * (H + P) : 0);
-  F* projected = m.get() + (call.w_hr ? rows * H : 0);
-  for (int64_t s = 0; s < q.T; ++s) {
-    if (s % chunk == 0) input_product(q, 4 * H, s, s + chunk < q.T ? s + chunk : q.T, b0, b1, bias, pre.get());
-    const int64_t t = time_of(q, s);
-    apply_reset(q, t, b0, b1, call.hn, P);
-    apply_reset(q, t, b0, b1, call.cn, H);
-    F* p = pre.get() + (s % chunk) * rows * 4 * H;
-    dot_gemm<F>(rows, 4 * H, P, dense_rows<const F>(call.hn + b0 * P, P), q.w_hh, Onto::c, nullptr,
-                dense_rows(p, 4 * H));
-    for (int64_t b = b0; b < b1; ++b) {
-      const int64_t at = t * q.B + b;
-      F* gates = call.gates ? call.gates + at * 4 * H : nullptr;
-      F* cells = call.gates ? call.cells + at * H : nullptr;
-      F* row_m = call.w_hr ? m.get() + (b - b0) * H : call.y + at * P;
-      if (takes_part(q, t, b)) {
-        lstm_row(H, p + (b - b0) * 4 * H, call.cn + b * H, row_m, gates, cells);
-        if (!call.w_hr) copy(row_m, P, call.hn + b * P);
-      } else {
-        zero(row_m, H);
-        if (gates) zero(gates, 4 * H), zero(cells, H);
-      }
+  const CellWeights<F, 4>& w;
+  const Step<F>& step;
+  F* m_rows;  // (B, H) where there is a projection
+  template <int MR> void run(int64_t p, int64_t m) const {
+    using V = Vec<F>;
+    const int64_t H = call.in.H, P = call.in.P, j = p * V::width, n = H - j;
+    V acc[MR][4];
+    const F* h[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const F* gx = step.gx + p * step.panel_stride + step.place[m + i] * 4 * V::width;
+      h[i] = step.h[m + i];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) acc[i][v] = V::load(gx + v * V::width);
     }
-    if (!call.w_hr) continue;
-    dot_gemm<F>(rows, P, H, dense_rows<const F>(m.get(), H), call.w_hr, Onto::bias, nullptr, dense_rows(projected, P));
-    for (int64_t b = b0; b < b1; ++b) {
-      F* y = call.y + (t * q.B + b) * P;
-      if (takes_part(q, t, b)) {
-        copy(projected + (b - b0) * P, P, y);
-        copy(y, P, call.hn + b * P);
-      } else {
-        zero(y, P);
-      }
+    panel_product<F, MR, 1, 4>(w.w_hh.get() + p * P * 4 * V::width, 0, h, P, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const int64_t b = step.b[m + i], at = step.t * call.in.B + b;
+      F* c = call.cn + b * H + j;
+      const LstmStep<V> s = lstm_step(acc[i][0], acc[i][1], acc[i][2], acc[i][3], V::load(c, n));
+      s.c.store(c, n);
+      s.m.store((m_rows ? m_rows + b * H : call.y + at * H) + j, n);
+      if (!call.gates) continue;
+      F* gates = call.gates + at * 4 * H + j;
+      s.i.store(gates, n);
+      s.f.store(gates + H, n);
+      s.g.store(gates + 2 * H, n);
+      s.o.store(gates + 3 * H, n);
+      s.c.store(call.cells + at * H + j, n);
     }
   }
-}
+};
+
+// What forward_block needs of the cell. m (B, H): the projection's input of one step; out: where its results go.
+template <class F> struct LstmSteps {
+  const LstmForward<F>& call;
+  const CellWeights<F, 4>& w;
+  const PackedMatrix<F>* w_hr;
+  F* m;
+  const F** m_of;
+  F** y_of;
+  int64_t b0;
+
+  void step(const Step<F>& s) const {
+    const Sequence<F>& q = call.in;
+    for (int64_t i = 0; i < s.count; ++i)
+      if (is_reset(q, s.t, s.b[i])) zero(call.cn + s.b[i] * q.H, q.H);
+    each_tile<4>(w.panels, s.count, LstmTile<F>{call, w, s, m});
+    if (!w_hr) return;
+    for (int64_t i = 0; i < s.count; ++i)
+      m_of[b0 + i] = m + s.b[i] * q.H, y_of[b0 + i] = call.y + (s.t * q.B + s.b[i]) * q.P;
+    w_hr->multiply(s.count, m_of + b0, y_of + b0);
+  }
+  void skip(int64_t t, int64_t b) const {
+    const int64_t at = t * call.in.B + b, H = call.in.H, P = call.in.P;
+    zero(call.y + at * P, P);
+    if (call.gates) zero(call.gates + at * 4 * H, 4 * H), zero(call.cells + at * H, H);
+  }
+};
 
 template <class F> static void lstm_forward(const LstmForward<F>& call) {
   const Sequence<F>& q = call.in;
-  const Scratch<F> bias(q.b_ih || q.b_hh ? 4 * q.H : 0);
-  const LstmForwardKernel<F> kernel{call, sum_of_biases(q, 4 * q.H, bias.get())};
+  const CellWeights<F, 4> w(q);
+  const int64_t projected = call.w_hr ? q.B : 0;
+  PackedMatrix<F> w_hr(projected ? q.H : 0, projected ? q.P : 0);
+  if (projected) w_hr.pack_rows(q.pool, call.w_hr);
+  const Scratch<F> m(projected * q.H);
+  const Scratch<const F*> m_of(projected);
+  const Scratch<F*> y_of(projected);
+  copy(call.c0, q.B * q.H, call.cn);
   const int64_t work = q.T * q.B * (4 * q.H * (q.I + q.P) + (call.w_hr ? q.H * q.P : 0));
-  run_split(q.pool, q.B, work, &kernel, lstm_forward_rows<F>);
+  split(q.pool, q.B, work, [&](int64_t b0, int64_t b1) {
+    forward_rows(w, b0, b1, call.y,
+                 LstmSteps<F>{call, w, projected ? &w_hr : nullptr, m.get(), m_of.get(), y_of.get(), b0});
+    for (int64_t b = b0; b < b1; ++b) copy(last_state(q, b, q.h0, call.y, q.P), q.P, call.hn + b * q.P);
+  });
 }
 
 // One row of one step backwards: dm, dc (H,) reach m and c; dc becomes that of c', dp (4H,) those of the
@@ -117,69 +124,55 @@ static void lstm_row_grad(int64_t H, const F* dm, F* dc, const F* gates, const F
   }
 }
 
-// What the steps leave for the weight gradients, (T*B, .) each; all 0 where a row does not take part.
 template <class F> struct LstmBackwardKernel {
   const LstmBackward<F>& call;
-  F* dp;  // (T*B, 4H) gradients of the pre-activations
-  F* h;   // (T*B, P) the h each step started from
-  F* dh;  // (T*B, P) gradients of the projected h, where there is a projection
-  F* m;   // (T*B, H) the projection's input
+  PackedMatrix<F> w_hh, w_ih, w_hr;
+  // Of a chunk, where there is a projection: the gradients of the projected h and the projection's input.
+  F *dh, *m;
+  int64_t ld_dh;
+  const F** m_of;
 };
 
-// Adds dy to what reaches h at step s and takes the rows through the projection. Result: dm of row b at dm + (b - b0) *
-// H.
-template <class F> static void lstm_reach_m(const LstmBackwardKernel<F>& k, int64_t t, int64_t b0, int64_t b1, F* dm) {
-  const Sequence<F>& q = k.call.in;
-  const int64_t P = q.P;
-  for (int64_t b = b0; b < b1; ++b) {
-    const int64_t at = t * q.B + b;
-    F* out = k.call.w_hr ? k.dh + at * P : dm + (b - b0) * P;
-    const F *dy = k.call.dy + at * P, *dh = k.call.dh0 + b * P;
-    if (!takes_part(q, t, b))
-      zero(out, P);
-    else
-      for (int64_t j = 0; j < P; ++j) out[j] = dy[j] + dh[j];
-  }
-  if (k.call.w_hr) outer_gemm<F>(b1 - b0, q.H, P, {k.dh + (t * q.B + b0) * P, P, 1}, k.call.w_hr, q.H, false, dm, q.H);
-}
-
-// Owns:   dh0, dc0 and the kernel's arrays of the rows b0 .. b1.
+// Owns:   dh0, dc0 and the chunk's arrays of the rows b0 .. b1.
 // Keeps:  the running gradients of h and c in dh0 and dc0.
-// Moves:  a step reads w_hh (and w_hr) and rows * (4H gates + 2H cells + P + H), writes rows * (4H + P).
+// Moves:  a step reads w_hh (and w_hr) and rows * (4H gates + 2H cells + P + H), writes rows * 4H.
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F> static void lstm_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
-  const LstmBackwardKernel<F>& k = *static_cast<const LstmBackwardKernel<F>*>(ctx);
+template <class F>
+static void lstm_backward_steps(const LstmBackwardKernel<F>& k, const Chunk<F>& c, int64_t b0, int64_t b1) {
   const LstmBackward<F>& call = k.call;
   const Sequence<F>& q = call.in;
   const int64_t rows = b1 - b0, H = q.H, P = q.P;
-  copy(call.dhn + b0 * P, rows * P, call.dh0 + b0 * P);
-  copy(call.dcn + b0 * H, rows * H, call.dc0 + b0 * H);
-  const Scratch<F> scratch(rows * (H + P));
-  F *dm = scratch.get(), *dh_prev = dm + rows * H;
-  for (int64_t s = q.T - 1; s >= 0; --s) {
+  const Scratch<F> dm(rows * H);
+  const Scratch<const F*> a(rows);
+  const Scratch<F*> out(rows);
+  const Scratch<int64_t> b_of(rows);
+  for (int64_t s = c.s1 - 1; s >= c.s0; --s) {
     const int64_t t = time_of(q, s);
-    lstm_reach_m(k, t, b0, b1, dm);
+    int64_t count = 0;
     for (int64_t b = b0; b < b1; ++b) {
-      const int64_t at = t * q.B + b;
-      F *dp = k.dp + at * 4 * H, *h = k.h + at * P, *m = call.w_hr ? k.m + at * H : nullptr;
-      if (!takes_part(q, t, b)) {
-        zero(dp, 4 * H), zero(h, P);
-        if (m) zero(m, H);
-        continue;
-      }
-      const F* c_prev = state_before(q, s, b, call.c0, call.cells, H);
-      const F* h_prev = state_before(q, s, b, q.h0, call.y, P);
-      lstm_row_grad(H, dm + (b - b0) * H, call.dc0 + b * H, call.gates + at * 4 * H, call.cells + at * H, c_prev, dp,
-                    m);
-      if (h_prev)
-        copy(h_prev, P, h);
-      else
-        zero(h, P);
+      const bool there = enter_row(q, c, s, b, call.y);
+      const int64_t at = c.at(t, b, q.B);
+      if (k.m) k.m_of[at] = there ? k.m + at * H : nullptr;
+      if (k.m && !there) zero(k.dh + at * k.ld_dh, k.ld_dh);
+      if (there) b_of.get()[count++] = b;
     }
-    outer_gemm<F>(rows, P, 4 * H, {k.dp + (t * q.B + b0) * 4 * H, 4 * H, 1}, q.w_hh, P, false, dh_prev, P);
-    for (int64_t b = b0; b < b1; ++b)
-      if (takes_part(q, t, b)) copy(dh_prev + (b - b0) * P, P, call.dh0 + b * P);
+    for (int64_t i = 0; i < count; ++i) {  // what reaches h, and m
+      const int64_t b = b_of.get()[i];
+      F* to = k.m ? k.dh + c.at(t, b, q.B) * k.ld_dh : dm.get() + i * H;
+      const F *dy = call.dy + (t * q.B + b) * P, *dh = call.dh0 + b * P;
+      for (int64_t j = 0; j < P; ++j) to[j] = dy[j] + dh[j];
+      a.get()[i] = to, out.get()[i] = dm.get() + i * H;
+    }
+    if (k.m) k.w_hr.multiply(count, a.get(), out.get());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = b_of.get()[i], at = t * q.B + b, in_chunk = c.at(t, b, q.B);
+      F* dp = c.dp + in_chunk * c.ld;
+      lstm_row_grad(H, dm.get() + i * H, call.dc0 + b * H, call.gates + at * 4 * H, call.cells + at * H,
+                    state_before(q, s, b, call.c0, call.cells, H), dp, k.m ? k.m + in_chunk * H : nullptr);
+      a.get()[i] = dp, out.get()[i] = call.dh0 + b * P;
+    }
+    k.w_hh.multiply(count, a.get(), out.get());
     apply_reset(q, t, b0, b1, call.dh0, P);
     apply_reset(q, t, b0, b1, call.dc0, H);
   }
@@ -187,18 +180,29 @@ template <class F> static void lstm_backward_rows(int64_t b0, int64_t b1, const 
 
 template <class F> static void lstm_backward(const LstmBackward<F>& call) {
   const Sequence<F>& q = call.in;
-  const int64_t rows = q.T * q.B, H = q.H, P = q.P;
-  const Scratch<F> scratch(rows * (4 * H + P + (call.w_hr ? P + H : 0)));
-  LstmBackwardKernel<F> k{call, scratch.get(), nullptr, nullptr, nullptr};
-  if (rows) {
-    k.h = k.dp + rows * 4 * H;
-    k.dh = call.w_hr ? k.h + rows * P : nullptr;
-    k.m = call.w_hr ? k.dh + rows * P : nullptr;
-  }
-  run_split(q.pool, q.B, rows * H * (4 * P + (call.w_hr ? P : 0)), &k, lstm_backward_rows<F>);
-  input_grads<F>(q, 4 * H, k.dp, 4 * H, call.dx, call.dw_ih, call.db);
-  weight_grad<F>(q.pool, 4 * H, {P, rows, k.dp, 4 * H, k.h, call.dw_hh, nullptr});
-  if (call.w_hr) weight_grad<F>(q.pool, P, {H, rows, k.dh, P, k.m, call.dw_hr, nullptr});
+  const int64_t H = q.H, P = q.P, G = 4 * H;
+  copy(call.dhn, q.B * P, call.dh0);
+  copy(call.dcn, q.B * H, call.dc0);
+  zero(call.dw_ih, G * q.I), zero(call.dw_hh, G * P);
+  if (call.db) zero(call.db, G);
+  if (call.w_hr) zero(call.dw_hr, P * H);
+  if (q.T == 0 || q.B == 0) return;
+  const int64_t kept = call.w_hr ? chunk_steps(q) * q.B : 0, ld_dh = padded_stride(P);
+  const Scratch<F> dh(kept * ld_dh), m(kept * H);
+  const Scratch<const F*> m_of(kept);
+  LstmBackwardKernel<F> k{call, {G, P}, {G, q.I}, {kept ? P : 0, kept ? H : 0}, dh.get(), m.get(), ld_dh, m_of.get()};
+  k.w_hh.pack_transposed(q.pool, q.w_hh);
+  k.w_ih.pack_transposed(q.pool, q.w_ih);
+  if (kept) k.w_hr.pack_transposed(q.pool, call.w_hr);
+  backward_chunks(
+      q, G, q.T * q.B * H * (4 * P + (kept ? P : 0)),
+      [&](const Chunk<F>& c, int64_t b0, int64_t b1) { lstm_backward_steps(k, c, b0, b1); },
+      [&](const Chunk<F>& c) {
+        input_grad(q, c, c.dp, k.w_ih, G, call.dx);
+        weight_grad<F>(q.pool, G, {q.I, c.rows, c.dp, c.ld, c.x, call.dw_ih, call.db});
+        weight_grad<F>(q.pool, G, {P, c.rows, c.dp, c.ld, c.h, call.dw_hh, nullptr});
+        if (kept) weight_grad<F>(q.pool, P, {H, c.rows, k.dh, ld_dh, m_of.get(), call.dw_hr, nullptr});
+      });
 }
 
 }  // namespace FR_ISA

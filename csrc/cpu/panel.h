@@ -14,17 +14,53 @@ namespace FR_ISA {
 FR_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Row `lane` of vector n of panel p is row_of(p, n, lane) of the matrix w (rows, K), or none where that is negative.
-// out: panels * K * NV * width elements.
+// Packs the panels p0 .. p1 of `out`, which takes K * NV * width elements a panel.
 template <class F, class RowOf>
-static void pack_panels(const F* w, int64_t K, int64_t panels, int64_t NV, RowOf row_of, F* out) {
-  constexpr int64_t W = Vec<F>::width;
-  for (int64_t p = 0; p < panels; ++p)
-    for (int64_t n = 0; n < NV; ++n)
+static void pack_panels(const F* w, int64_t K, int64_t p0, int64_t p1, int64_t NV, RowOf row_of, F* out) {
+  using V = Vec<F>;
+  constexpr int64_t W = V::width;
+  for (int64_t p = p0; p < p1; ++p)
+    for (int64_t n = 0; n < NV; ++n) {
+      const F* rows[W];
       for (int64_t lane = 0; lane < W; ++lane) {
         const int64_t row = row_of(p, n, lane);
-        F* to = out + (p * K * NV + n) * W + lane;
-        for (int64_t k = 0; k < K; ++k) to[k * NV * W] = row < 0 ? F(0) : w[row * K + k];
+        rows[lane] = row < 0 ? nullptr : w + row * K;
       }
+      F* to = out + (p * K * NV + n) * W;
+      for (int64_t k = 0; k < K; k += W) {
+        V block[W];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) block[lane] = rows[lane] ? V::load(rows[lane] + k, K - k) : V(0);
+        transpose(block);
+        const int64_t count = K - k < W ? K - k : W;
+        if (count == W) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) block[i].store(to + (k + i) * NV * W);
+        } else {
+          for (int64_t i = 0; i < count; ++i) block[i].store(to + (k + i) * NV * W);
+        }
+      }
+    }
+}
+template <class F, class RowOf>
+static void pack_panels(const F* w, int64_t K, int64_t panels, int64_t NV, RowOf row_of, F* out) {
+  pack_panels(w, K, 0, panels, NV, row_of, out);
+}
+
+// The same for a matrix that is used as it lies: w (K, N), lane `lane` of vector n of panel p is column
+// (p * NV + n) * width + lane. Its rows are taken from row `first` on, in a circle.
+template <class F>
+static void pack_columns(const F* w, int64_t K, int64_t N, int64_t first, int64_t p0, int64_t p1, int64_t NV, F* out) {
+  using V = Vec<F>;
+  constexpr int64_t W = V::width;
+  for (int64_t p = p0; p < p1; ++p)
+    for (int64_t k = 0; k < K; ++k) {
+      const F* row = w + (k + first < K ? k + first : k + first - K) * N;
+      for (int64_t n = 0; n < NV; ++n) {
+        const int64_t column = (p * NV + n) * W;
+        (column < N ? V::load(row + column, N - column) : V(0)).store(out + ((p * K + k) * NV + n) * W);
+      }
+    }
 }
 
 FR_INLINE Vec<float> load_weights(const float* w) { return Vec<float>::load(w); }
@@ -72,6 +108,48 @@ template <int PV> constexpr int tile_rows() {
   constexpr int registers = FR_VEC_BYTES == 64 ? 24 : 9;
   return registers / PV > 8 ? 8 : registers / PV;
 }
+
+// Calls tile.run<MR>(p, m) for every panel p < panels and for tiles of MR rows from m on that cover rows 0 .. rows. The
+// rows are innermost: a panel is read from memory once.
+template <int PV, class Tile> FR_INLINE void each_tile(int64_t panels, int64_t rows, const Tile& tile) {
+  constexpr int MR = tile_rows<PV>();
+  for (int64_t p = 0; p < panels; ++p) {
+    int64_t m = 0;
+    for (; m + MR <= rows; m += MR) tile.template run<MR>(p, m);
+    if constexpr (MR > 4)
+      if (m + 4 <= rows) tile.template run<4>(p, m), m += 4;
+    if constexpr (MR > 2)
+      for (; m + 2 <= rows; m += 2) tile.template run<2>(p, m);
+    if (m < rows) tile.template run<1>(p, m);
+  }
+}
+
+// out[m] (N,) = a[m] (K,) w for rows given by their addresses and w packed by panels of PV vectors.
+template <class F, int PV> struct RowProduct {
+  const F* w;
+  int64_t K, N;
+  const F* const* a;
+  F* const* out;
+  template <int MR> FR_INLINE void run(int64_t p, int64_t m) const {
+    using V = Vec<F>;
+    V acc[MR][PV];
+    const F* rows[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      rows[i] = a[m + i];
+#pragma GCC unroll 8
+      for (int n = 0; n < PV; ++n) acc[i][n] = V(0);
+    }
+    panel_product<F, MR, 1, PV>(w + p * K * PV * V::width, 0, rows, K, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int n = 0; n < PV; ++n) {
+        const int64_t column = (p * PV + n) * V::width;
+        if (column < N) acc[i][n].store(out[m + i] + column, N - column);
+      }
+  }
+};
 
 }  // namespace FR_ISA
 }  // namespace fr

@@ -11,114 +11,119 @@
 
 #include "vec.h"
 #include "../cell_math.h"
+#include "panel.h"
 #include "gemm.h"
 #include "sequence.h"
 
 namespace fr {
 namespace FR_ISA {
 
-template <class F> struct RnnForwardKernel {
+// Rows m .. m + MR of one step for the units of one panel.
+// Owns:   y (h) of its rows and units.
+// Keeps:  the sums, in registers.
+// Moves:  a panel of w_hh, h of its rows, gx.
+// Syncs:  nothing.
+// Limits: none.
+template <class F> struct RnnTile {
   const RnnForward<F>& call;
-  const F* bias;
-};
-
-// Owns:   all outputs of the rows b0 .. b1, for all steps.
-// Keeps:  h in hn; the pre-activations of a chunk of steps.
-// Moves:  a step reads w_hh and (once per chunk) w_ih, rows * 2H of state and pre-activations.
-// Syncs:  nothing: rows do not meet.
-// Limits: none beyond kernels.h.
-template <class F> static void rnn_forward_rows(int64_t b0, int64_t b1, const void* ctx) {
-  using V = Vec<F>;
-  const RnnForward<F>& call = static_cast<const RnnForwardKernel<F>*>(ctx)->call;
-  const F* bias = static_cast<const RnnForwardKernel<F>*>(ctx)->bias;
-  const Sequence<F>& q = call.in;
-  const int64_t rows = b1 - b0, H = q.H;
-  copy(q.h0 + b0 * H, rows * H, call.hn + b0 * H);
-  const int64_t chunk = steps_per_chunk(q, rows);
-  const Scratch<F> pre(chunk * rows * H);
-  for (int64_t s = 0; s < q.T; ++s) {
-    if (s % chunk == 0) input_product(q, H, s, s + chunk < q.T ? s + chunk : q.T, b0, b1, bias, pre.get());
-    const int64_t t = time_of(q, s);
-    apply_reset(q, t, b0, b1, call.hn, H);
-    F* p = pre.get() + (s % chunk) * rows * H;
-    dot_gemm<F>(rows, H, H, dense_rows<const F>(call.hn + b0 * H, H), q.w_hh, Onto::c, nullptr, dense_rows(p, H));
-    for (int64_t b = b0; b < b1; ++b) {
-      F *y = call.y + (t * q.B + b) * H, *row = p + (b - b0) * H, *hn = call.hn + b * H;
-      if (!takes_part(q, t, b)) {
-        zero(y, H);
-        continue;
-      }
-      for (int64_t j = 0; j < H; j += V::width) {
-        const V h = rnn_step(V::load(row + j, H - j), call.relu);
-        h.store(y + j, H - j);
-        h.store(hn + j, H - j);
+  const CellWeights<F, 1>& w;
+  const Step<F>& step;
+  template <int MR> void run(int64_t p, int64_t m) const {
+    using V = Vec<F>;
+    const int64_t H = call.in.H;
+    V acc[MR][4];
+    const F* h[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const F* gx = step.gx + p * step.panel_stride + step.place[m + i] * 4 * V::width;
+      h[i] = step.h[m + i];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) acc[i][v] = V::load(gx + v * V::width);
+    }
+    panel_product<F, MR, 1, 4>(w.w_hh.get() + p * H * 4 * V::width, 0, h, H, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      F* y = call.y + (step.t * call.in.B + step.b[m + i]) * H;
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const int64_t j = (p * 4 + v) * V::width;
+        if (j < H) rnn_step(acc[i][v], call.relu).store(y + j, H - j);
       }
     }
   }
-}
+};
+
+// What forward_block needs of the cell.
+template <class F> struct RnnSteps {
+  const RnnForward<F>& call;
+  const CellWeights<F, 1>& w;
+  void step(const Step<F>& s) const { each_tile<4>(w.panels, s.count, RnnTile<F>{call, w, s}); }
+  void skip(int64_t t, int64_t b) const { zero(call.y + (t * call.in.B + b) * call.in.H, call.in.H); }
+};
 
 template <class F> static void rnn_forward(const RnnForward<F>& call) {
   const Sequence<F>& q = call.in;
-  const Scratch<F> bias(q.b_ih || q.b_hh ? q.H : 0);
-  const RnnForwardKernel<F> kernel{call, sum_of_biases(q, q.H, bias.get())};
-  run_split(q.pool, q.B, q.T * q.B * q.H * (q.I + q.H), &kernel, rnn_forward_rows<F>);
+  const CellWeights<F, 1> w(q);
+  split(q.pool, q.B, q.T * q.B * q.H * (q.I + q.H), [&](int64_t b0, int64_t b1) {
+    forward_rows(w, b0, b1, call.y, RnnSteps<F>{call, w});
+    for (int64_t b = b0; b < b1; ++b) copy(last_state(q, b, q.h0, call.y, q.H), q.H, call.hn + b * q.H);
+  });
 }
 
-// What the steps leave for the weight gradients; all 0 where a row does not take part.
 template <class F> struct RnnBackwardKernel {
   const RnnBackward<F>& call;
-  F* dp;  // (T*B, H) gradients of the pre-activations
-  F* h;   // (T*B, H) the h each step started from
+  PackedMatrix<F> w_hh, w_ih;
 };
 
-// Owns:   dh0 and the kernel's arrays of the rows b0 .. b1.
+// Owns:   dh0 and the chunk's arrays of the rows b0 .. b1.
 // Keeps:  the running gradient of h in dh0.
-// Moves:  a step reads w_hh and rows * 4H, writes rows * 3H.
+// Moves:  a step reads w_hh and rows * 3H, writes rows * 2H.
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F> static void rnn_backward_rows(int64_t b0, int64_t b1, const void* ctx) {
+template <class F>
+static void rnn_backward_steps(const RnnBackwardKernel<F>& k, const Chunk<F>& c, int64_t b0, int64_t b1) {
   using V = Vec<F>;
-  const RnnBackwardKernel<F>& k = *static_cast<const RnnBackwardKernel<F>*>(ctx);
   const RnnBackward<F>& call = k.call;
   const Sequence<F>& q = call.in;
   const int64_t rows = b1 - b0, H = q.H;
-  copy(call.dhn + b0 * H, rows * H, call.dh0 + b0 * H);
-  const Scratch<F> dh_prev(rows * H);
-  for (int64_t s = q.T - 1; s >= 0; --s) {
+  const Scratch<const F*> a(rows);
+  const Scratch<F*> out(rows);
+  for (int64_t s = c.s1 - 1; s >= c.s0; --s) {
     const int64_t t = time_of(q, s);
+    int64_t count = 0;
     for (int64_t b = b0; b < b1; ++b) {
+      if (!enter_row(q, c, s, b, call.y)) continue;
       const int64_t at = (t * q.B + b) * H;
-      F *dp = k.dp + at, *h = k.h + at;
-      if (!takes_part(q, t, b)) {
-        zero(dp, H), zero(h, H);
-        continue;
-      }
       const F *dy = call.dy + at, *y = call.y + at, *dh = call.dh0 + b * H;
+      F* dp = c.dp + c.at(t, b, q.B) * c.ld;
       for (int64_t j = 0; j < H; j += V::width) {
         const int64_t n = H - j;
         rnn_step_grad(V::load(dy + j, n) + V::load(dh + j, n), V::load(y + j, n), call.relu).store(dp + j, n);
       }
-      const F* h_prev = state_before(q, s, b, q.h0, call.y, H);
-      if (h_prev)
-        copy(h_prev, H, h);
-      else
-        zero(h, H);
+      a.get()[count] = dp, out.get()[count++] = call.dh0 + b * H;
     }
-    outer_gemm<F>(rows, H, H, {k.dp + (t * q.B + b0) * H, H, 1}, q.w_hh, H, false, dh_prev.get(), H);
-    for (int64_t b = b0; b < b1; ++b)
-      if (takes_part(q, t, b)) copy(dh_prev.get() + (b - b0) * H, H, call.dh0 + b * H);
+    k.w_hh.multiply(count, a.get(), out.get());
     apply_reset(q, t, b0, b1, call.dh0, H);
   }
 }
 
 template <class F> static void rnn_backward(const RnnBackward<F>& call) {
   const Sequence<F>& q = call.in;
-  const int64_t rows = q.T * q.B, H = q.H;
-  const Scratch<F> scratch(rows * 2 * H);
-  RnnBackwardKernel<F> k{call, scratch.get(), rows ? scratch.get() + rows * H : nullptr};
-  run_split(q.pool, q.B, rows * H * H, &k, rnn_backward_rows<F>);
-  input_grads<F>(q, H, k.dp, H, call.dx, call.dw_ih, call.db);
-  weight_grad<F>(q.pool, H, {H, rows, k.dp, H, k.h, call.dw_hh, nullptr});
+  const int64_t H = q.H;
+  copy(call.dhn, q.B * H, call.dh0);
+  zero(call.dw_ih, H * q.I), zero(call.dw_hh, H * H);
+  if (call.db) zero(call.db, H);
+  if (q.T == 0 || q.B == 0) return;
+  RnnBackwardKernel<F> k{call, {H, H}, {H, q.I}};
+  k.w_hh.pack_transposed(q.pool, q.w_hh);
+  k.w_ih.pack_transposed(q.pool, q.w_ih);
+  backward_chunks(
+      q, H, q.T * q.B * H * H, [&](const Chunk<F>& c, int64_t b0, int64_t b1) { rnn_backward_steps(k, c, b0, b1); },
+      [&](const Chunk<F>& c) {
+        input_grad(q, c, c.dp, k.w_ih, H, call.dx);
+        weight_grad<F>(q.pool, H, {q.I, c.rows, c.dp, c.ld, c.x, call.dw_ih, call.db});
+        weight_grad<F>(q.pool, H, {H, c.rows, c.dp, c.ld, c.h, call.dw_hh, nullptr});
+      });
 }
 
 }  // namespace FR_ISA

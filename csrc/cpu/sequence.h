@@ -21,14 +21,20 @@ template <class F> static void zero(F* to, int64_t n) {
   if (n > 0) __builtin_memset(to, 0, static_cast<size_t>(n) * sizeof(F));
 }
 
-// The state that step s of row b started from, for the backward pass: a row of `initial` or of `steps`, the outputs of
-// the forward pass (`width` elements a row), or null after a reset, when it was 0. Row b takes part in step s.
+// The state that step s of row b starts from: a row of `initial` or of `steps`, every step's result (`width` elements a
+// row), or null after a reset, when it is 0. Row b takes part in step s.
 template <class F>
 static const F* state_before(const Sequence<F>& q, int64_t s, int64_t b, const F* initial, const F* steps,
                              int64_t width) {
   if (is_reset(q, time_of(q, s), b)) return nullptr;
   if (s == 0 || !takes_part(q, time_of(q, s - 1), b)) return initial + b * width;
   return steps + (time_of(q, s - 1) * q.B + b) * width;
+}
+// The state in which row b ends.
+template <class F>
+static const F* last_state(const Sequence<F>& q, int64_t b, const F* initial, const F* steps, int64_t width) {
+  const int64_t count = q.lengths ? q.lengths[b] : q.T;
+  return count == 0 ? initial + b * width : steps + ((q.reverse ? 0 : count - 1) * q.B + b) * width;
 }
 
 // Zeroes the states (width elements a row) of the rows b0 .. b1 that are reset before time t.
@@ -39,88 +45,251 @@ static void apply_reset(const Sequence<F>& q, int64_t t, int64_t b0, int64_t b1,
     if (is_reset(q, t, b) && takes_part(q, t, b)) zero(state + b * width, width);
 }
 
-// How many steps' inputs one product takes: enough rows to use the weights well, few enough to stay in cache.
-template <class F> static int64_t steps_per_chunk(const Sequence<F>& q, int64_t rows) {
-  constexpr int64_t enough_rows = 48;
-  const int64_t steps = (enough_rows + rows - 1) / rows;
+// run_split for a function object.
+template <class Fn> static void split(const Pool& pool, int64_t n, int64_t multiply_adds, const Fn& fn) {
+  run_split(pool, n, multiply_adds, &fn,
+            [](int64_t begin, int64_t end, const void* ctx) { (*static_cast<const Fn*>(ctx))(begin, end); });
+}
+
+// ---- weights as panels
+
+// w (N, K) or its transpose, packed for `multiply`: out[m] (N,) = w a[m] for rows given by their addresses.
+template <class F> class PackedMatrix {
+ public:
+  PackedMatrix(int64_t K, int64_t N)
+      : K_(K),
+        N_(N),
+        NV_(N > 2 * Vec<F>::width ? 4
+            : N > Vec<F>::width   ? 2
+                                  : 1),
+        panels_((N + NV_ * Vec<F>::width - 1) / (NV_ * Vec<F>::width)),
+        data_(panels_ * K * NV_ * Vec<F>::width) {}
+  // One lane a row of w (N, K).
+  void pack_rows(const Pool& pool, const F* w) {
+    split(pool, panels_, N_ * K_, [this, w](int64_t p0, int64_t p1) {
+      const auto row_of = [this](int64_t p, int64_t n, int64_t lane) {
+        const int64_t row = (p * NV_ + n) * Vec<F>::width + lane;
+        return row < N_ ? row : -1;
+      };
+      pack_panels(w, K_, p0, p1, NV_, row_of, data_.get());
+    });
+  }
+  // One lane a column of w (K, N), whose rows are taken from `first` on, in a circle.
+  void pack_transposed(const Pool& pool, const F* w, int64_t first = 0) {
+    split(pool, panels_, N_ * K_,
+          [this, w, first](int64_t p0, int64_t p1) { pack_columns(w, K_, N_, first, p0, p1, NV_, data_.get()); });
+  }
+  void multiply(int64_t rows, const F* const* a, F* const* out) const {
+    switch (NV_) {
+      case 4: return each_tile<4>(panels_, rows, RowProduct<F, 4>{data_.get(), K_, N_, a, out});
+      case 2: return each_tile<2>(panels_, rows, RowProduct<F, 2>{data_.get(), K_, N_, a, out});
+      default: return each_tile<1>(panels_, rows, RowProduct<F, 1>{data_.get(), K_, N_, a, out});
+    }
+  }
+
+ private:
+  int64_t K_, N_, NV_, panels_;
+  Scratch<F> data_;
+};
+
+// The weights of a forward pass. A panel holds PV vectors: the same units of G gates, or 4 vectors of units where there
+// is one gate. `bias` is what the sums start from, `bias_n` the start of W_hn h in a GRU.
+template <class F, int G> struct CellWeights {
+  static constexpr int PV = G == 1 ? 4 : G;
+  static constexpr int64_t W = Vec<F>::width, units = G == 1 ? 4 * W : W;
+  const Sequence<F>& q;
+  const int64_t panels;
+  const Scratch<F> w_ih, w_hh, bias, bias_n;
+
+  explicit CellWeights(const Sequence<F>& q)
+      : q(q),
+        panels((q.H + units - 1) / units),
+        w_ih(panels * PV * W * q.I),
+        w_hh(panels * PV * W * q.P),
+        bias(panels * PV * W),
+        bias_n(G == 3 ? panels * W : 0) {
+    split(q.pool, panels, panels * PV * W * (q.I + q.P), [this](int64_t p0, int64_t p1) { pack(p0, p1); });
+  }
+
+ private:
+  void pack(int64_t p0, int64_t p1) const {
+    const int64_t H = q.H;
+    const auto row_of = [=](int64_t p, int64_t n, int64_t lane) {
+      const int64_t unit = G == 1 ? (p * PV + n) * W + lane : p * W + lane;
+      return unit < H ? (G == 1 ? unit : n * H + unit) : -1;
+    };
+    pack_panels(q.w_ih, q.I, p0, p1, PV, row_of, w_ih.get());
+    pack_panels(q.w_hh, q.P, p0, p1, PV, row_of, w_hh.get());
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t n = 0; n < PV; ++n)
+        for (int64_t lane = 0; lane < W; ++lane) {
+          const int64_t row = row_of(p, n, lane);
+          const F b_ih = row >= 0 && q.b_ih ? q.b_ih[row] : F(0), b_hh = row >= 0 && q.b_hh ? q.b_hh[row] : F(0);
+          const bool apart = G == 3 && n == 2;
+          bias.get()[(p * PV + n) * W + lane] = apart ? b_ih : b_ih + b_hh;
+          if (apart) bias_n.get()[p * W + lane] = b_hh;
+        }
+  }
+};
+
+// ---- forward
+
+// gx = bias + W_ih x of rows given by their addresses; gx: [panel][row][vector].
+template <class F, int G> struct InputTile {
+  const CellWeights<F, G>& w;
+  const F* const* x;
+  F* gx;
+  int64_t rows;
+  template <int MR> void run(int64_t p, int64_t m) const {
+    using V = Vec<F>;
+    constexpr int PV = CellWeights<F, G>::PV;
+    V acc[MR][PV];
+    const F* a[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      a[i] = x[m + i];
+#pragma GCC unroll 8
+      for (int n = 0; n < PV; ++n) acc[i][n] = V::load(w.bias.get() + (p * PV + n) * V::width);
+    }
+    panel_product<F, MR, 1, PV>(w.w_ih.get() + p * w.q.I * PV * V::width, 0, a, w.q.I, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int n = 0; n < PV; ++n) acc[i][n].store(gx + ((p * rows + m + i) * PV + n) * V::width);
+  }
+};
+
+// One step of some rows, as the tiles of a cell see it: rows m < count with their numbers in the batch, the h each
+// starts from and its part of gx.
+template <class F> struct Step {
+  int64_t t, count;
+  const int64_t* b;
+  const F* const* h;
+  const F* gx;           // of this step
+  int64_t panel_stride;  // of gx, in elements
+  const int64_t* place;  // of row m within gx
+};
+
+// Runs the steps of the rows b0 .. b1: cell.step(Step) computes the rows that take part, cell.skip(t, b) writes what
+// the others leave. `y` holds every step's h, which the next step reads.
+template <class F, int G, class Cell>
+static void forward_block(const CellWeights<F, G>& w, int64_t b0, int64_t b1, const F* y, const Cell& cell) {
+  constexpr int64_t cache_bytes = 512 * 1024;  // what gx may take of a core's own cache
+  const Sequence<F>& q = w.q;
+  const int64_t rows = b1 - b0, row_elements = CellWeights<F, G>::PV * Vec<F>::width;
+  const int64_t fit = cache_bytes / (rows * w.panels * row_elements * static_cast<int64_t>(sizeof(F)));
+  const int64_t chunk = fit < 1 ? 1 : fit < q.T ? fit : q.T;
+  const Scratch<F> gx(chunk * rows * w.panels * row_elements), zeros(q.P);
+  const Scratch<const F*> x(chunk * rows), h(rows);
+  const Scratch<int64_t> b_of(rows), place(rows);
+  zero(zeros.get(), q.P);
+  int64_t chunk_rows = 0;
+  for (int64_t s = 0; s < q.T; ++s) {
+    if (s % chunk == 0) {
+      chunk_rows = ((s + chunk < q.T ? s + chunk : q.T) - s) * rows;
+      for (int64_t r = 0; r < chunk_rows; ++r)
+        x.get()[r] = q.x + (time_of(q, s + r / rows) * q.B + b0 + r % rows) * q.I;
+      each_tile<CellWeights<F, G>::PV>(w.panels, chunk_rows, InputTile<F, G>{w, x.get(), gx.get(), chunk_rows});
+    }
+    const int64_t t = time_of(q, s);
+    int64_t count = 0;
+    for (int64_t b = b0; b < b1; ++b) {
+      if (!takes_part(q, t, b)) {
+        cell.skip(t, b);
+        continue;
+      }
+      const F* before = state_before(q, s, b, q.h0, y, q.P);
+      b_of.get()[count] = b, place.get()[count] = b - b0, h.get()[count++] = before ? before : zeros.get();
+    }
+    cell.step(Step<F>{t, count, b_of.get(), h.get(), gx.get() + (s % chunk) * rows * row_elements,
+                      chunk_rows * row_elements, place.get()});
+  }
+}
+
+// The rows b0 .. b1 in blocks whose gx and state stay in a core's own cache.
+template <class F, int G, class Cell>
+static void forward_rows(const CellWeights<F, G>& w, int64_t b0, int64_t b1, const F* y, const Cell& cell) {
+  constexpr int64_t cache_bytes = 512 * 1024, least = 64;
+  const int64_t most = cache_bytes / (w.panels * CellWeights<F, G>::PV * static_cast<int64_t>(FR_VEC_BYTES));
+  const int64_t blocks = (b1 - b0 + (most > least ? most : least) - 1) / (most > least ? most : least);
+  for (int64_t i = 0; i < blocks; ++i)
+    forward_block(w, b0 + (b1 - b0) * i / blocks, b0 + (b1 - b0) * (i + 1) / blocks, y, cell);
+}
+
+// ---- backward
+
+// The rows of some steps at once, in the order of time: row (t - t0) * B + b. What the steps leave for the gradients of
+// the weights; where a row does not take part dp is 0 and the addresses are null.
+template <class F> struct Chunk {
+  int64_t s0, s1, t0, rows;
+  F* dp;        // gradients of the pre-activations, row stride ld
+  int64_t ld;   // a multiple of a cache line, but of no large power of two: tiles read down the columns
+  const F** x;  // the inputs of each row
+  const F** h;  // the h each row started from, or null after a reset
+  FR_INLINE int64_t at(int64_t t, int64_t b, int64_t B) const { return (t - t0) * B + b; }
+};
+
+FR_INLINE int64_t padded_stride(int64_t n) { return round_up(n, 32) + 16; }
+
+// How many steps a chunk has: enough rows for the sums of outer products, few enough to stay in cache.
+template <class F> static int64_t chunk_steps(const Sequence<F>& q) {
+  constexpr int64_t enough_rows = 512;
+  const int64_t steps = q.B >= enough_rows ? 1 : enough_rows / q.B;
   return steps < q.T ? steps : q.T;
 }
 
-// out[(s - s0) * rows + b - b0] (GH,) = x w_ih^T + bias for the steps s0 .. s1 and the rows b0 .. b1.
-template <class F>
-static void input_product(const Sequence<F>& q, int64_t GH, int64_t s0, int64_t s1, int64_t b0, int64_t b1,
-                          const F* bias, F* out) {
-  const int64_t rows = b1 - b0, step = q.B * q.I;
-  const F* first = q.x + time_of(q, s0) * step + b0 * q.I;
-  const Rows<const F> x{first, q.I, rows, q.reverse ? -step : step};
-  dot_gemm<F>((s1 - s0) * rows, GH, q.I, x, q.w_ih, Onto::bias, bias, dense_rows(out, GH));
-}
-
-// bias = b_ih + b_hh; null where the cell has neither
-template <class F> static const F* sum_of_biases(const Sequence<F>& q, int64_t n, F* out) {
-  if (!q.b_ih && !q.b_hh) return nullptr;
-  for (int64_t j = 0; j < n; ++j) out[j] = (q.b_ih ? q.b_ih[j] : F(0)) + (q.b_hh ? q.b_hh[j] : F(0));
-  return out;
-}
-
-// d (M, N) = g (M, K) w, w (K, N) dense, over all the threads of the pool: rows are split.
-template <class F> struct RowProduct {
-  int64_t N, K;
-  const F* g;
-  int64_t ldg;
-  const F* w;
-  bool add;
-  F* d;
-};
-template <class F> static void row_product_part(int64_t m0, int64_t m1, const void* ctx) {
-  const RowProduct<F>& p = *static_cast<const RowProduct<F>*>(ctx);
-  outer_gemm<F>(m1 - m0, p.N, p.K, {p.g + m0 * p.ldg, p.ldg, 1}, p.w, p.N, p.add, p.d + m0 * p.N, p.N);
-}
-template <class F> static void row_product(const Pool& pool, int64_t M, const RowProduct<F>& p) {
-  run_split(pool, M, M * p.N * p.K, &p, row_product_part<F>);
-}
-
-// dw (M, N) = g^T a over K rows: g (K, M) with row stride ldg, a (K, N) dense; db (M,) = the column sums of g, or null.
-// Rows of dw are split over the threads of the pool; every element sums all of K in one order.
-template <class F> struct WeightGrad {
-  int64_t N, K;
-  const F* g;
-  int64_t ldg;
-  const F* a;
-  F* dw;
-  F* db;
-};
-template <class F> static void weight_grad_part(int64_t m0, int64_t m1, const void* ctx) {
-  const WeightGrad<F>& p = *static_cast<const WeightGrad<F>*>(ctx);
-  outer_gemm<F>(m1 - m0, p.N, p.K, {p.g + m0, 1, p.ldg}, p.a, p.N, false, p.dw + m0 * p.N, p.N);
-  if (p.db) column_sums<F>(p.K, m1 - m0, p.g + m0, p.ldg, p.db + m0);
-}
-template <class F> static void weight_grad(const Pool& pool, int64_t M, const WeightGrad<F>& p) {
-  run_split(pool, M, M * p.N * p.K, &p, weight_grad_part<F>);
-}
-
-// Backward's last part: dx = dg w_ih and dw_ih = dg^T x, db. dg (T*B, GH) with row stride ldg is 0 where a row does not
-// take part; what x, w_ih and dx hold there must not matter even when it is not finite.
-template <class F>
-static void input_grads(const Sequence<F>& q, int64_t GH, const F* dg, int64_t ldg, F* dx, F* dw_ih, F* db) {
-  const int64_t rows = q.T * q.B;
-  row_product<F>(q.pool, rows, {q.I, GH, dg, ldg, q.w_ih, false, dx});
-  const Scratch<F> used(q.lengths ? rows * q.I : 0);
-  const F* x = q.x;
-  if (q.lengths) {
-    for (int64_t t = 0; t < q.T; ++t)
-      for (int64_t b = 0; b < q.B; ++b) {
-        const int64_t at = (t * q.B + b) * q.I;
-        if (takes_part(q, t, b)) {
-          copy(q.x + at, q.I, used.get() + at);
-        } else {
-          zero(used.get() + at, q.I);
-          zero(dx + at, q.I);
-        }
-      }
-    x = used.get();
+// Calls steps(chunk, b0, b1) for the steps s1-1 .. s0 of a chunk and all rows, split over the threads, then
+// sums(chunk) for what the chunk adds up to; from the last chunk to the first. There is at least one row.
+template <class F, class Steps, class Sums>
+static void backward_chunks(const Sequence<F>& q, int64_t width, int64_t multiply_adds, const Steps& steps,
+                            const Sums& sums) {
+  const int64_t chunk = chunk_steps(q), ld = padded_stride(width);
+  const Scratch<F> dp(chunk * q.B * ld);
+  const Scratch<const F*> x(chunk * q.B), h(chunk * q.B);
+  for (int64_t s1 = q.T; s1 > 0; s1 -= chunk) {
+    const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
+    const Chunk<F> c{s0, s1, q.reverse ? q.T - s1 : s0, (s1 - s0) * q.B, dp.get(), ld, x.get(), h.get()};
+    split(q.pool, q.B, multiply_adds / q.T * (s1 - s0), [&](int64_t b0, int64_t b1) { steps(c, b0, b1); });
+    sums(c);
   }
-  weight_grad<F>(q.pool, GH, {q.I, rows, dg, ldg, x, dw_ih, db});
+}
+
+// Enters row b at time t of step s into the chunk; false, with its dp zeroed, where it does not take part.
+template <class F> static bool enter_row(const Sequence<F>& q, const Chunk<F>& c, int64_t s, int64_t b, const F* y) {
+  const int64_t t = time_of(q, s), k = c.at(t, b, q.B);
+  const bool there = takes_part(q, t, b);
+  c.x[k] = there ? q.x + (t * q.B + b) * q.I : nullptr;
+  c.h[k] = there ? state_before(q, s, b, q.h0, y, q.P) : nullptr;
+  if (!there) zero(c.dp + k * c.ld, c.ld);
+  return there;
+}
+
+// An outer sum over the rows of a chunk; rows of dw are split over the threads.
+template <class F> static void weight_grad(const Pool& pool, int64_t M, const OuterSum<F>& s) {
+  const bool narrow = s.N * 2 <= Vec<F>::width;
+  split(pool, M, M * s.N * s.K, [&](int64_t m0, int64_t m1) {
+    narrow ? outer_sum_narrow(s, m0, m1) : outer_sum_tiled(s, m0, m1);
+    if (s.db) column_sums(s.K, m1 - m0, s.g + m0, s.ldg, s.db + m0);
+  });
+}
+
+// dx of a chunk: 0 where a row does not take part, whatever the weights hold.
+template <class F>
+static void input_grad(const Sequence<F>& q, const Chunk<F>& c, const F* dp, const PackedMatrix<F>& w, int64_t GH,
+                       F* dx) {
+  split(q.pool, c.rows, c.rows * GH * q.I, [&](int64_t k0, int64_t k1) {
+    const Scratch<const F*> a(k1 - k0);
+    const Scratch<F*> out(k1 - k0);
+    int64_t count = 0;
+    for (int64_t k = k0; k < k1; ++k) {
+      F* to = dx + (c.t0 * q.B + k) * q.I;
+      if (c.x[k])
+        a.get()[count] = dp + k * c.ld, out.get()[count++] = to;
+      else
+        zero(to, q.I);
+    }
+    w.multiply(count, a.get(), out.get());
+  });
 }
 
 }  // namespace FR_ISA

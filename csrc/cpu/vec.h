@@ -149,6 +149,24 @@ FR_INLINE Vec<F> shuffle(Vec<F> a, Vec<F> b, std::integer_sequence<int, I...>) {
   return Vec<F>(__builtin_shuffle(a.v, b.v, typename Vec<F>::RawBits{(Pick::template at<Up>(I))...}));
 #endif
 }
+// Exchanges lanes between two rows D apart of a square: the step of a transposition.
+template <int W, int D> struct Exchange {
+  template <int Up> static constexpr int at(int i) { return Up ? (i & D ? W + i : i + D) : (i & D ? W + i - D : i); }
+};
+// Row i becomes column i, for a square of vectors.
+template <class F, int D = Vec<F>::width / 2> FR_INLINE void transpose(Vec<F> (&rows)[Vec<F>::width]) {
+  constexpr int W = Vec<F>::width;
+  constexpr std::make_integer_sequence<int, W> lanes{};
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & D) continue;
+    const Vec<F> a = rows[i], b = rows[i + D];
+    rows[i] = shuffle<Exchange<W, D>, 0>(a, b, lanes);
+    rows[i + D] = shuffle<Exchange<W, D>, 1>(a, b, lanes);
+  }
+  if constexpr (D > 1) transpose<F, D / 2>(rows);
+}
+
 template <class Pick, class F> FR_INLINE Vec<F> fold(Vec<F> a, Vec<F> b) {
   constexpr std::make_integer_sequence<int, Vec<F>::width> lanes{};
   return shuffle<Pick, 0>(a, b, lanes) + shuffle<Pick, 1>(a, b, lanes);
