@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace fr {
 
@@ -117,13 +118,13 @@ constexpr int64_t kMaxVocabulary = 1 << 24;
 // The result of a row depends on that row's elements alone. B may be 0; V is 1 .. 2^24.
 struct Sample {
   int64_t B, V;
-  const float* logits;   // (B, V), rows logits_stride elements apart
-  int64_t logits_stride;
-  const float* scale;    // (B,) log2(e) / temperature; 0: greedy
-  const int64_t* top_k;  // (B,) 0: off
-  const int64_t* top_p;  // (B,) in units of 2^-63; 0: off
-  const float* min_p;    // (B,) -log2(min_p); +inf: off
-  const bool* mask;      // (V,) when mask_stride is 0, (B, V) when it is V, true = allowed; or null
+  const float* logits;    // (B, V), the elements of a row side by side
+  int64_t logits_stride;  // elements between rows of logits, V or more
+  const float* scale;     // (B,) log2(e) / temperature; 0: greedy
+  const int64_t* top_k;   // (B,) 0: off
+  const int64_t* top_p;   // (B,) in units of 2^-63; 0: off
+  const float* min_p;     // (B,) -log2(min_p); +inf: off
+  const bool* mask;       // (V,) when mask_stride is 0, (B, V) when it is V, true = allowed; or null
   int64_t mask_stride;
   const int64_t* seed;      // (B,) bits of a uint64, as is sequence
   const int64_t* sequence;  // (B,)
@@ -138,6 +139,15 @@ struct Sample {
   Pool pool;
 };
 
+// Draws rows of one vocabulary again and again without allocating; not for two threads at once.
+class Drawer {
+ public:
+  virtual ~Drawer() = default;
+  // Rows begin .. end of a call whose V is the drawer's, whose mode_of is at most the drawer's; its pool is not used.
+  virtual void draw(const Sample& call, int64_t begin, int64_t end) = 0;
+};
+std::unique_ptr<Drawer> make_drawer(int64_t V, int64_t mode_of);
+
 // Each is compiled once per instruction set; a call runs the variant that cpu_isa() names.
 template <class F> void lstm_forward(const LstmForward<F>& call);
 template <class F> void lstm_backward(const LstmBackward<F>& call);
@@ -147,8 +157,8 @@ template <class F> void rnn_forward(const RnnForward<F>& call);
 template <class F> void rnn_backward(const RnnBackward<F>& call);
 void sample(const Sample& call);
 
-// "portable", "avx2", "avx512" or "amx": the best that this CPU has, or what FASTRNN_CPU_ISA asked for when it was first
-// needed. Throws std::runtime_error when that is unknown or more than this CPU has.
+// "portable", "avx2", "avx512" or "amx": the best that this CPU has, or what FASTRNN_CPU_ISA asked for when it was
+// first needed. Throws std::runtime_error when that is unknown or more than this CPU has.
 const char* cpu_isa();
 // Forces a variant from now on; "" returns to the choice above. Same errors. Not to be called beside a running kernel.
 void set_cpu_isa(const char* name);

@@ -27,6 +27,7 @@ Lane::Lane(Session& session, int64_t capacity)
       log_steps_(std::max<int64_t>(16, kLogEntries / capacity)),
       states_(net_, capacity),
       reader_(net_, std::min(capacity, kReaderRows)),
+      drawer_(make_drawer(net_.V, 1)),
       logits_(head_rows_ * net_.head_columns * 4) {
   const auto n = static_cast<size_t>(capacity);
   row_.resize(n), ids_.resize(n), status_.resize(n);
@@ -84,6 +85,7 @@ void Lane::place(GenerationRequest request, int64_t row) {
   const auto r = static_cast<size_t>(row);
   scale_[r] = request.scale, min_p_[r] = request.min_p, top_k_[r] = request.top_k, top_p_[r] = request.top_p;
   seed_[r] = request.seed, sequence_[r] = request.sequence, step_[r] = 0, left_[r] = request.max_new_tokens;
+  if (request.mode_of > votes_) drawer_ = make_drawer(net_.V, votes_ = request.mode_of);
   row_[r] = Row{};
   row_[r].request = std::move(request);
   row_[r].result.index = row_[r].request.index;
@@ -193,8 +195,7 @@ void Lane::draw_same(int64_t begin, int64_t end, const float* logits) {
   s.mode_of = first.mode_of, s.logprobs = first.logprobs;
   s.token = token_.data() + begin, s.status = status_.data() + begin, s.logprob = logprob_.data() + begin;
   s.tempered_logprob = tempered_.data() + begin, s.margin = margin_.data() + begin;
-  s.pool = {1, [](int64_t n, void (*task)(int64_t, int64_t, void*), void* context) { task(0, n, context); }};
-  sample(s);
+  drawer_->draw(s, 0, s.B);
 }
 
 // A row with a repetition penalty: ids that have occurred become less likely; the log-probability is of the logits

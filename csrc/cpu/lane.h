@@ -61,6 +61,8 @@ class Lane {
   int64_t head_rows_, log_steps_;
   RowStates states_;
   PromptReader reader_;
+  std::unique_ptr<Drawer> drawer_;
+  int64_t votes_ = 1;  // the most draws of a token that drawer_ is made for
   std::vector<Row> row_;
   std::vector<Reading> reading_;
   std::vector<int32_t> ids_;  // (capacity) the last id of each row

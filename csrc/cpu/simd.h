@@ -18,7 +18,14 @@
 #endif
 #endif
 #if FR_X86
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 takes the header's own undefined vectors for a mistake
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 // Whether this compiler knows the matrix tiles (AMX) and this system lends them to a process that asks.
 #if FR_X86 && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
