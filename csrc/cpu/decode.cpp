@@ -31,8 +31,7 @@ template <class Weight> struct CellPanel {
   int64_t p;
 
   FR_INLINE const float* a1(int64_t r) const {
-    return reinterpret_cast<const float*>(static_cast<const char*>(job.a1) +
-                                          (job.index1 ? job.index1[r] : r) * job.row1);
+    return reinterpret_cast<const float*>(static_cast<const char*>(job.a1) + r * job.row1);
   }
   FR_INLINE const float* a2(int64_t r) const {
     return reinterpret_cast<const float*>(static_cast<const char*>(job.a2) + r * job.network->row);
@@ -54,7 +53,7 @@ FR_INLINE void finish(const CellPanel<Weight>& panel, int64_t p, int64_t r, cons
       s.c.store(carry);
       rounded(s.m, panel.hidden).store(out);
     } else {
-      const GruStep<V> s = gru_step(acc[0], acc[1], xn, V(0), V(0), acc[2], V::load(carry));
+      const GruStep<V> s = gru_step(acc[0], acc[1], xn, acc[2], V::load(carry));
       s.h.store(carry);
       rounded(s.h, panel.hidden).store(out);
     }
@@ -101,7 +100,7 @@ static void cell_tile(const CellPanel<Weight>& panel, int64_t r) {
 }
 
 // Runs tile<MR> over `rows` rows in tiles of even size, at most tile_rows<NV>().
-template <int NV, class Tile> FR_INLINE void each_tile(int64_t rows, const Tile& tile) {
+template <int NV, class Tile> FR_INLINE void even_tiles(int64_t rows, const Tile& tile) {
   constexpr int most = tile_rows<NV>();
   int64_t tiles = (rows + most - 1) / most;
   for (int64_t r = 0; r < rows; --tiles) {
@@ -151,7 +150,7 @@ template <Cell C, class Weight> static void cell_layer(const LayerJob& job, Part
       ++p;
       continue;
     }
-    each_tile<NV>(job.rows, [&](auto size, int64_t r) { cell_tile<C, NV, decltype(size)::value, 1>(panel, r); });
+    even_tiles<NV>(job.rows, [&](auto size, int64_t r) { cell_tile<C, NV, decltype(size)::value, 1>(panel, r); });
   }
 }
 
@@ -171,8 +170,7 @@ static void linear_tile(const LinearJob& job, const Weight* w, int64_t p, int64_
   const float* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    a[m] = reinterpret_cast<const float*>(static_cast<const char*>(job.a) +
-                                          (job.index ? job.index[r + m] : r + m) * job.row);
+    a[m] = reinterpret_cast<const float*>(static_cast<const char*>(job.a) + (r + m) * job.row);
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) acc[m][n] = V::load(job.bias + (p * NV + n) * V::width);
   }
@@ -194,7 +192,7 @@ template <int NV, class Weight> static void linear_panels(const LinearJob& job, 
   for (int64_t i = begin; i < end; ++i) {
     const int64_t p = job.backwards ? end - 1 - (i - begin) : i;
     const Weight* w = m.weights.as<Weight>() + p * m.K * NV * Vec<float>::width;
-    each_tile<NV>(job.rows, [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, p, r); });
+    even_tiles<NV>(job.rows, [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, p, r); });
   }
 }
 template <class Weight> static void linear(const LinearJob& job, Part part) {
@@ -206,21 +204,21 @@ template <class Weight> static void linear(const LinearJob& job, Part part) {
   }
 }
 
-static void store_weight(float w, float* to) { *to = w; }
-static void store_weight(float w, uint16_t* to) { *to = to_bfloat16(w); }
-
-template <class Weight> static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
+template <class Weight>
+static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, const float*, Panels& out) {
   constexpr int64_t W = Vec<float>::width;
-  out.weights = Memory(out.count * out.vectors * W * K * static_cast<int64_t>(sizeof(Weight)));
-  Weight* to = out.weights.as<Weight>();
-  for (int64_t p = 0; p < out.count; ++p)
-    for (int64_t n = 0; n < out.vectors; ++n)
-      for (int64_t lane = 0; lane < W; ++lane) {
-        const int64_t row = panel_row(p, n, lane, W, out.vectors, rows, unit_gates);
-        if (row < 0) continue;  // stays zero
-        for (int64_t k = 0; k < K; ++k)
-          store_weight(w[row * K + k], to + (p * K * out.vectors + k * out.vectors + n) * W + lane);
-      }
+  const int64_t elements = out.count * out.vectors * W * K;
+  Memory plain(elements * 4);
+  pack_panels(
+      w, K, out.count, out.vectors,
+      [&](int64_t p, int64_t n, int64_t lane) { return panel_row(p, n, lane, W, out.vectors, rows, unit_gates); },
+      plain.as<float>());
+  if constexpr (sizeof(Weight) == 4) {
+    out.weights = static_cast<Memory&&>(plain);
+  } else {
+    out.weights = Memory(elements * 2);
+    for (int64_t i = 0; i < elements; ++i) out.weights.as<Weight>()[i] = to_bfloat16(plain.as<float>()[i]);
+  }
 }
 
 template <class Weight> static void to_activations(const float* from, int64_t n, void* to) {

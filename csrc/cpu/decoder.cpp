@@ -2,10 +2,13 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <string>
+#include "simd.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -27,24 +30,33 @@ int64_t linear_vectors(int64_t columns) {
   return best;
 }
 
-Panels linear_panels(const DecoderKernels& k, const float* w, int64_t rows, int64_t K, int64_t vectors) {
+// The largest magnitude in each row of w (rows, K), at least what `most` holds.
+void raise_to_largest(const float* w, int64_t rows, int64_t K, std::vector<float>& most) {
+  most.resize(static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < K; ++k)
+      most[static_cast<size_t>(r)] = std::max(most[static_cast<size_t>(r)], std::fabs(w[r * K + k]));
+}
+
+Panels linear_panels(const DecoderKernels& k, const float* w, int64_t rows, int64_t K, int64_t vectors,
+                     const float* largest) {
   Panels m;
   m.K = round_up(K, k.k_multiple);
   m.vectors = vectors;
   m.count = (rows + vectors * k.width - 1) / (vectors * k.width);
-  k.pack(w, rows, K, 1, m);
+  k.pack(w, rows, K, 1, largest, m);
   return m;
 }
 
-Panels cell_panels(const PackedNetwork& net, const float* w, int64_t K) {
+Panels cell_panels(const PackedNetwork& net, const float* w, int64_t K, const float* largest) {
   const DecoderKernels& k = *net.kernels;
   const int64_t gates = gates_of(net.cell);
-  if (gates == 1) return linear_panels(k, w, net.H, K, 4);
+  if (gates == 1) return linear_panels(k, w, net.H, K, 4, largest);
   Panels m;
   m.K = round_up(K, k.k_multiple);
   m.vectors = gates;
   m.count = net.padded / net.units;
-  k.pack(w, gates * net.H, K, gates, m);
+  k.pack(w, gates * net.H, K, gates, largest, m);
   return m;
 }
 
@@ -84,7 +96,7 @@ void product_table(const NetworkWeights& from, PackedNetwork& net) {
   const DecoderKernels& k = decoder_kernels(Precision::float32);
   PackedNetwork plain{};
   plain.cell = net.cell, plain.H = net.H, plain.padded = net.padded, plain.units = net.units, plain.kernels = &k;
-  const Panels w = cell_panels(plain, from.w_ih[0], from.E);
+  const Panels w = cell_panels(plain, from.w_ih[0], from.E, nullptr);
   const int64_t products = net.padded * gates_of(net.cell);
   LinearJob job{};
   job.network = &plain, job.panels = &w, job.rows = net.V, job.a = from.inputs, job.row = from.E * 4;
@@ -96,17 +108,20 @@ void product_table(const NetworkWeights& from, PackedNetwork& net) {
 void pack_inputs(const NetworkWeights& from, PackedNetwork& net) {
   const int64_t bytes = net.V * net.padded * gates_of(net.cell) * 4;
   const bool one_hot = from.inputs == nullptr;
-  if (one_hot || (from.E > 1 && bytes <= kTableBytes)) {
+  if (one_hot || bytes <= kTableBytes) {
     net.table = Memory(bytes);
     one_hot ? one_hot_table(from, net) : product_table(from, net);
     return;
   }
+  if (net.precision == Precision::int8)
+    throw std::invalid_argument("int8 keeps the first layer's products of every id, here " +
+                                std::to_string(bytes >> 20) + " MB of them: too many; use bfloat16");
   const DecoderKernels& k = *net.kernels;
   net.input_row = round_up(round_up(from.E, k.k_multiple) * k.activation, kLine);
   net.inputs = Memory(net.V * net.input_row);
   for (int64_t v = 0; v < net.V; ++v)
     k.to_activations(from.inputs + v * from.E, from.E, net.inputs.as<char>() + v * net.input_row);
-  net.layers[0].input = cell_panels(net, from.w_ih[0], from.E);
+  net.layers[0].input = cell_panels(net, from.w_ih[0], from.E, nullptr);
 }
 
 int64_t bytes_of(const PackedNetwork& net, const Panels& m) {
@@ -131,9 +146,16 @@ Memory::Memory(int64_t bytes) {
 }
 void Memory::Free::operator()(void* p) const { std::free(p); }
 
-const DecoderKernels& decoder_kernels(Precision precision) { return float_decoder(precision); }
+const DecoderKernels& decoder_kernels(Precision precision) {
+#if FR_KNOWS_AMX
+  if (precision != Precision::float32 && current_isa() == Isa::amx) return tile_decoder(precision);
+#endif
+  return float_decoder(precision);
+}
 
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision) {
+  if (precision == Precision::int8 && from.cell == Cell::rnn_relu)
+    throw std::invalid_argument("int8 needs a state within -1 .. 1, which relu does not give; use bfloat16");
   auto net = std::make_unique<PackedNetwork>();
   const DecoderKernels& k = decoder_kernels(precision);
   net->cell = from.cell, net->precision = precision, net->kernels = &k;
@@ -148,12 +170,18 @@ std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precisio
   for (int64_t l = 0; l < from.L; ++l) {
     PackedLayer& layer = net->layers[static_cast<size_t>(l)];
     pack_bias(*net, from.b_ih[l], from.b_hh[l], layer);
-    layer.hidden = cell_panels(*net, from.w_hh[l], from.H);
-    if (l) layer.input = cell_panels(*net, from.w_ih[l], from.H);
+    std::vector<float> largest;  // one scale serves both products of a row: they are summed as integers
+    raise_to_largest(from.w_hh[l], gates_of(from.cell) * from.H, from.H, largest);
+    if (l) raise_to_largest(from.w_ih[l], gates_of(from.cell) * from.H, from.H, largest);
+    layer.hidden = cell_panels(*net, from.w_hh[l], from.H, largest.data());
+    if (l) layer.input = cell_panels(*net, from.w_ih[l], from.H, largest.data());
     net->weight_bytes += bytes_of(*net, layer.hidden) + bytes_of(*net, layer.input);
   }
   pack_inputs(from, *net);
-  net->head = linear_panels(k, from.head, from.V, from.H, linear_vectors((from.V + k.width - 1) / k.width));
+  std::vector<float> largest;
+  raise_to_largest(from.head, from.V, from.H, largest);
+  const int64_t vectors = linear_vectors((from.V + k.width - 1) / k.width);
+  net->head = linear_panels(k, from.head, from.V, from.H, vectors, largest.data());
   net->head_columns = net->head.count * net->head.vectors * k.width;
   net->head_bias = Memory(net->head_columns * 4);
   if (from.head_bias) std::memcpy(net->head_bias.get(), from.head_bias, static_cast<size_t>(from.V) * 4);

@@ -85,14 +85,13 @@ struct LayerJob {
   const PackedNetwork* network;
   const PackedLayer* layer;
   int64_t rows;
-  const void* a1;         // activations of the layer below, or null: the products are in init
-  const int32_t* index1;  // or null
-  int64_t row1;           // bytes between its rows
-  const void* a2;         // activations of the step before, network->row bytes apart
-  const float* init;      // (., padded * gates) rows of the table or stored products; null: the bias
-  const int32_t* index;   // of init, or null
-  bool table;             // init holds rows of the table, not stored products
-  float* carry;           // (panels, carry_rows, W) in place
+  const void* a1;        // activations of the layer below, or null: the products are in init
+  int64_t row1;          // bytes between its rows
+  const void* a2;        // activations of the step before, network->row bytes apart
+  const float* init;     // (., padded * gates) rows of the table or stored products; null: the bias
+  const int32_t* index;  // of init, or null
+  bool table;            // init holds rows of the table, not stored products
+  float* carry;          // (panels, carry_rows, W) in place
   int64_t carry_rows;
   void* out;  // activations
 };
@@ -103,8 +102,7 @@ struct LinearJob {
   const Panels* panels;
   int64_t rows;
   const void* a;
-  const int32_t* index;  // of a, or null
-  int64_t row;           // bytes between rows of a
+  int64_t row;  // bytes between rows of a
   const float* bias;
   bool stored;  // out is init of a LayerJob, which continues the sums: an int8 kernel keeps them whole
   float* out;
@@ -123,15 +121,18 @@ struct DecoderKernels {
   int64_t width;       // W
   int64_t activation;  // bytes of one
   int64_t k_multiple;  // K of panels is rounded up to this
-  void (*pack)(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out);
+  // largest: of each row of w, its largest magnitude; read by int8 only, null elsewhere.
+  void (*pack)(const float* w, int64_t rows, int64_t K, int64_t unit_gates, const float* largest, Panels& out);
   void (*layer)(const LayerJob& job, Part part);
   void (*linear)(const LinearJob& job, Part part);
   void (*to_activations)(const float* from, int64_t n, void* to);
   void (*from_activations)(const void* from, int64_t n, float* to);
 };
 
-// The kernels of a precision on the current instruction set, and the file of each: decode.cpp with float activations.
+// The kernels of a precision on the current instruction set.
 const DecoderKernels& decoder_kernels(Precision precision);
+// Those of each file: decode.cpp with float activations, decode_tiles.cpp with matrix tiles.
 const DecoderKernels& float_decoder(Precision precision);
+const DecoderKernels& tile_decoder(Precision precision);
 
 }  // namespace fr

@@ -17,10 +17,21 @@ LayerJob layer_job(const PackedNetwork& net, int64_t layer, int64_t rows) {
   return job;
 }
 
+// Tiles read and write whole blocks of rows.
+int64_t whole_blocks(int64_t rows) { return (rows + 31) / 32 * 32; }
+
+// What ids read, side by side.
+void gather(const PackedNetwork& net, const int32_t* ids, int64_t n, const Memory& out) {
+  for (int64_t i = 0; i < n; ++i)
+    std::memcpy(out.as<char>() + i * net.input_row, net.inputs.as<char>() + ids[i] * net.input_row,
+                static_cast<size_t>(net.input_row));
+}
+
 }  // namespace
 
-RowStates::RowStates(const PackedNetwork& net, int64_t capacity) : net_(net), capacity_(capacity) {
-  const int64_t rows = (capacity + 31) / 32 * 32;  // tiles read whole blocks
+RowStates::RowStates(const PackedNetwork& net, int64_t capacity)
+    : net_(net), capacity_(capacity), gathered_(whole_blocks(capacity) * net.input_row) {
+  const int64_t rows = whole_blocks(capacity);
   for (int64_t l = 0; l < net.L; ++l) {
     for (auto& buffer : activations_) buffer.emplace_back(rows * net.row);
     carry_.emplace_back(net.carried * capacity * 4);
@@ -42,7 +53,8 @@ void RowStates::advance(const int32_t* ids, int64_t rows, Team& team) {
     } else if (net_.table.get()) {
       job.init = net_.table.as<float>(), job.index = ids, job.table = true;
     } else {
-      job.a1 = net_.inputs.get(), job.index1 = ids, job.row1 = net_.input_row;
+      gather(net_, ids, rows, gathered_);
+      job.a1 = gathered_.get(), job.row1 = net_.input_row;
     }
     team.run(net_.kernels->layer, job);
   }
@@ -100,7 +112,8 @@ PromptReader::PromptReader(const PackedNetwork& net, int64_t rows)
       rows_(rows),
       positions_(std::max(rows, kStretchElements / products_of(net))),
       states_(net, rows),
-      products_(positions_ * products_of(net) * 4),
+      products_((positions_ + 32) * products_of(net) * 4),
+      gathered_((positions_ + 32) * net.input_row),
       ids_(static_cast<size_t>(positions_)) {
   for (auto& buffer : outputs_) buffer = Memory((positions_ + 32) * net.row);
 }
@@ -137,8 +150,8 @@ void PromptReader::run_layer(const Stretch& s, int64_t l, Team& team) {
     LinearJob job{};
     job.network = &net_, job.panels = &layer.input, job.rows = s.total, job.out = products_.as<float>();
     job.out_row = products, job.bias = layer.bias.as<float>();
-    job.a = l ? outputs_[(l - 1) & 1].get() : net_.inputs.get(), job.row = l ? net_.row : net_.input_row;
-    job.index = l ? nullptr : ids_.data();
+    if (l == 0) gather(net_, ids_.data(), s.total, gathered_);
+    job.a = l ? outputs_[(l - 1) & 1].get() : gathered_.get(), job.row = l ? net_.row : net_.input_row;
     job.stored = true;
     team.run(net_.kernels->linear, job);
   }

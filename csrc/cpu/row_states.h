@@ -32,7 +32,8 @@ class RowStates {
 
   const PackedNetwork& net_;
   int64_t capacity_;
-  int parity_ = 0;  // which of the two buffers of activations holds the state
+  Memory gathered_;  // what the ids of a step read, where there is no table
+  int parity_ = 0;   // which of the two buffers of activations holds the state
   bool turn_ = false;
   std::vector<Memory> activations_[2], carry_;
 };
@@ -62,7 +63,8 @@ class PromptReader {
   const PackedNetwork& net_;
   int64_t rows_, positions_;  // ids of all prompts in one stretch
   RowStates states_;          // of the prompts, in their order
-  Memory products_;           // (positions, padded * gates)
+  Memory products_;           // (positions, padded * gates), and a block of rows more, as all three
+  Memory gathered_;           // (positions) what the ids read, where there is no table
   Memory outputs_[2];         // (positions) rows of activations, of this layer and of the one below
   std::vector<int32_t> ids_;
 };

@@ -1,0 +1,135 @@
+// A block of up to 32 rows of activations times one panel of weights, on matrix tiles (AMX). Compiled by each_isa.h for
+// the instruction set that has them.
+//
+// A tile of activations is 16 rows of 64 bytes, a tile of weights 16 groups of k for 16 lanes; both are read where they
+// lie. An element's sum runs over k in order whatever the shape of the block, so a row's bits do not depend on it. The
+// intrinsics want literal tile numbers, hence the spelled-out loops: 0-3 are sums, 4 and 5 activations, 5-7 weights.
+
+namespace fr {
+namespace FR_ISA {
+
+constexpr int64_t kTileBytes = 1024, kTileRows = 16, kBlockRows = 32, kLanes = 16;
+
+struct Bfloat16 {
+  static constexpr bool is_int8 = false;
+  using Element = uint16_t;
+  static constexpr int64_t group = 2;  // of k that one lane of a tile holds side by side
+};
+struct Int8 {
+  static constexpr bool is_int8 = true;
+  using Element = int8_t;
+  static constexpr int64_t group = 4;
+};
+
+#define FR_TILE_DOT(sums, activations, weights) \
+  if constexpr (T::is_int8)                     \
+    _tile_dpbssd(sums, activations, weights);   \
+  else                                          \
+    _tile_dpbf16ps(sums, activations, weights)
+
+// Where the sums of the vectors of a panel begin: null: at zero; stride 0: every row at the same.
+struct Start {
+  const float* from;
+  int64_t stride;  // bytes between rows
+};
+#define FR_TILE_START(tile, start, row, vector)                                                       \
+  if ((start).from)                                                                                   \
+    _tile_loadd(tile, (start).from + (vector) * kLanes + (row) * (start).stride / 4, (start).stride); \
+  else                                                                                                \
+    _tile_zero(tile)
+
+// Activations of a block and the weights they meet in one panel of NV vectors: tiles by k, then vector.
+struct Operand {
+  const char* a;  // of the block's row 0
+  int64_t row;    // bytes between rows
+  const char* w;
+  int64_t blocks;  // tiles along k
+};
+
+// The shape of the tiles: `rows` rows of activations and sums, whole tiles of weights.
+static FR_INLINE void configure_tiles(int64_t rows) {
+  struct alignas(64) {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } shape = {};
+  shape.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    shape.row_bytes[tile] = 64;
+    shape.rows[tile] = static_cast<uint8_t>(tile < 5 ? rows : kTileRows);
+  }
+  asm volatile("" ::"r"(&shape) : "memory");  // the intrinsic does not say that it reads it
+  _tile_loadconfig(&shape);
+}
+
+// Adds an operand's products to sums 0 .. NV-1 of up to 16 rows; vector 2 goes to sums `third`.
+template <class T, int NV, int third> static FR_INLINE void add_narrow(const Operand& o) {
+  constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights: ask for them early
+  for (int64_t k = 0; k < o.blocks; ++k) {
+    const char* w = o.w + k * NV * kTileBytes;
+    for (int64_t line = 0; line < NV * kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+    _tile_loadd(4, o.a + k * 64, o.row);
+    _tile_loadd(5, w, 64);
+    FR_TILE_DOT(0, 4, 5);
+    if constexpr (NV > 1) {
+      _tile_loadd(6, w + kTileBytes, 64);
+      FR_TILE_DOT(1, 4, 6);
+    }
+    if constexpr (NV > 2) {
+      _tile_loadd(7, w + 2 * kTileBytes, 64);
+      if constexpr (third == 2) {
+        FR_TILE_DOT(2, 4, 7);
+      } else {
+        FR_TILE_DOT(3, 4, 7);
+      }
+    }
+    if constexpr (NV > 3) {
+      _tile_loadd(5, w + 3 * kTileBytes, 64);
+      FR_TILE_DOT(3, 4, 5);
+    }
+  }
+}
+
+// Adds an operand's products with vectors v and v + 1 to sums 0, 1 (rows 0-15) and 2, 3 (rows 16-31). `between` runs
+// after each k: what it computes is hidden behind the tiles.
+template <class T, int NV, class Between>
+static FR_INLINE void add_pair(const Operand& o, int64_t v, const Between& between) {
+  for (int64_t k = 0; k < o.blocks; ++k) {
+    const char* w = o.w + (k * NV + v) * kTileBytes;
+    _tile_loadd(4, o.a + k * 64, o.row);
+    _tile_loadd(6, w, 64);
+    FR_TILE_DOT(0, 4, 6);
+    _tile_loadd(7, w + kTileBytes, 64);
+    FR_TILE_DOT(1, 4, 7);
+    _tile_loadd(5, o.a + k * 64 + kTileRows * o.row, o.row);
+    FR_TILE_DOT(2, 5, 6);
+    FR_TILE_DOT(3, 5, 7);
+    between();
+  }
+}
+
+// Adds the products of two operands with vector v, of the one to sums 0 and 2, of the other to sums 1 and 3. Either may
+// have no blocks.
+template <class T, int NV, class Between>
+static FR_INLINE void add_apart(const Operand& one, const Operand& other, int64_t v, const Between& between) {
+  for (int64_t k = 0; k < one.blocks || k < other.blocks; ++k) {
+    if (k < one.blocks) {
+      _tile_loadd(6, one.w + (k * NV + v) * kTileBytes, 64);
+      _tile_loadd(4, one.a + k * 64, one.row);
+      FR_TILE_DOT(0, 4, 6);
+      _tile_loadd(5, one.a + k * 64 + kTileRows * one.row, one.row);
+      FR_TILE_DOT(2, 5, 6);
+    }
+    if (k < other.blocks) {
+      _tile_loadd(7, other.w + (k * NV + v) * kTileBytes, 64);
+      _tile_loadd(4, other.a + k * 64, other.row);
+      FR_TILE_DOT(1, 4, 7);
+      _tile_loadd(5, other.a + k * 64 + kTileRows * other.row, other.row);
+      FR_TILE_DOT(3, 5, 7);
+    }
+    between();
+  }
+}
+
+}  // namespace FR_ISA
+}  // namespace fr
