@@ -82,8 +82,8 @@ def slopes(
 
     lengths, round_seconds = {}, 0.0
     for name, loop in loops.items():
-        loop(1)
         number, one = 1, timed(loop, 1)
+        one = min(one, timed(loop, 1)) if one < seconds else one  # the first call may have had something to set up
         while (once := timed(loop, number + 1)) < seconds / 4:
             number *= 4
         each = max(once - one, once / 10) / number
