@@ -29,7 +29,9 @@ using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Dims = std::initializer_list<const char*>;  // each a letter of kernels.h with an optional factor: "T", "4H"
+// Each a letter of kernels.h with an optional factor: "T", "4H". T is left out by an x (B, I), a single step; L, of
+// size 1, is there where h0 is (1, B, H), a slice of a stack's states.
+using Dims = std::initializer_list<const char*>;
 
 std::string dtype_name(ScalarType dtype) {
   constexpr std::pair<ScalarType, const char*> names[] = {
@@ -47,6 +49,17 @@ std::string shape_of(const Tensor& t) {
   return text + (t.dim() == 1 ? ",)" : ")");
 }
 
+// A new dense tensor on the CPU, uninitialised. Not torch::stable::new_empty, which looks its op up by name: 3 us.
+Tensor empty(int64_t dims, const int64_t* sizes, ScalarType dtype) {
+  int64_t strides[3];
+  for (int64_t d = dims, stride = 1; d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // One call of one op: its name, its sizes and the dense copies of strided arguments, alive until the kernel is done.
 template <class F> class Call {
  public:
@@ -54,13 +67,13 @@ template <class F> class Call {
   const char* h_from = "h0";  // the argument that H was read from, for messages
 
   Call(const char* op, const Tensor& x, const Tensor& h0) : op_(op) {
-    kept_.reserve(20);
     const ScalarType wanted = std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float;
     if (x.scalar_type() != wanted)
       fail("x must be float32 or float64, like every other argument, got " + dtype_name(x.scalar_type()));
-    if (x.dim() != 3) fail("x must be (T, B, I), got " + shape_of(x));
-    if (h0.dim() != 2) fail("h0 must be (B, H), got " + shape_of(h0));
-    T = x.size(0), B = x.size(1), I = x.size(2), H = P = h0.size(1);
+    steps_ = x.dim() == 3, slice_ = h0.dim() == 3 && h0.size(0) == 1;
+    if (!steps_ && x.dim() != 2) fail("x must be (T, B, I), got " + shape_of(x));
+    if (!slice_ && h0.dim() != 2) fail("h0 must be (B, H), got " + shape_of(h0));
+    T = steps_ ? x.size(0) : 1, B = x.size(steps_), I = x.size(steps_ + 1), H = P = h0.size(slice_ + 1);
     if (H < 1) fail("h0 must have at least one hidden unit, got " + shape_of(h0));
   }
 
@@ -86,49 +99,52 @@ template <class F> class Call {
   }
 
   // A new result, uninitialised, and its data.
-  Tensor result(const Tensor& like, Dims dims, F** data) const {
+  Tensor result(Dims dims, F** data) const {
     int64_t sizes[3];
-    size_t n = 0;
-    for (const char* dim : dims) sizes[n++] = size_of(dim);
-    Tensor t = torch::stable::new_empty(like, {sizes, n});
+    int64_t n = 0;
+    for (const char* dim : dims)
+      if (has(dim)) sizes[n++] = size_of(dim);
+    Tensor t = empty(n, sizes, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float);
     *data = static_cast<F*>(t.data_ptr());
     return t;
   }
   // The empty (0,) that stands for a result that is not there.
-  Tensor none(const Tensor& like, F** data) const {
+  Tensor none(F** data) const {
     const int64_t size = 0;
     *data = nullptr;
-    return torch::stable::new_empty(like, {&size, 1});
+    return empty(1, &size, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float);
   }
-  Tensor result_if(bool there, const Tensor& like, Dims dims, F** data) const {
-    return there ? result(like, dims, data) : none(like, data);
-  }
+  Tensor result_if(bool there, Dims dims, F** data) const { return there ? result(dims, data) : none(data); }
 
  private:
   const char* op_;
+  bool steps_, slice_;
   std::vector<Tensor> kept_;
 
+  bool has(const char* dim) const { return *dim == 'T' ? steps_ : *dim != 'L' || slice_; }
   int64_t size_of(const char* dim) const {
     const int64_t factor = *dim >= '0' && *dim <= '9' ? *dim++ - '0' : 1;
-    return factor * (*dim == 'T' ? T : *dim == 'B' ? B : *dim == 'I' ? I : *dim == 'H' ? H : P);
+    return factor * (*dim == 'T' ? T : *dim == 'B' ? B : *dim == 'I' ? I : *dim == 'H' ? H : *dim == 'L' ? 1 : P);
   }
 
   const void* data(const char* name, const Tensor& t, ScalarType dtype, Dims dims) {
     if (t.scalar_type() != dtype)
       fail(std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.scalar_type()));
     if (!t.is_cpu()) fail(std::string(name) + " must be on the CPU, like x");
-    bool fits = t.dim() == static_cast<int64_t>(dims.size());
+    const int64_t n = t.dim();
     int64_t d = 0;
-    for (const char* dim : dims) fits = fits && t.size(d++) == size_of(dim);
-    if (!fits) fail_shape(name, t, dims);
-    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-    return kept_.back().data_ptr();
+    for (const char* dim : dims)
+      if (has(dim) && (d == n || t.size(d++) != size_of(dim))) fail_shape(name, t, dims);
+    if (d != n) fail_shape(name, t, dims);
+    if (t.is_contiguous()) return t.data_ptr();
+    return kept_.emplace_back(torch::stable::contiguous(t)).data_ptr();
   }
 
   // "w_hh must be (4H, H) = (1024, 256) because h0 has H=256, got (1024, 128)"
   [[noreturn]] void fail_shape(const char* name, const Tensor& t, Dims dims) const {
     std::string letters, sizes, why;
     for (const char* dim : dims) {
+      if (!has(dim)) continue;
       letters += (letters.empty() ? "" : ", ") + std::string(dim);
       sizes += (sizes.empty() ? "" : ", ") + std::to_string(size_of(dim));
       const char letter[] = {*dim >= '0' && *dim <= '9' ? dim[1] : dim[0], 0};
@@ -156,7 +172,7 @@ fr::Sequence<F> sequence(Call<F>& c, const char* GH, const char* P, const Tensor
                          const MaybeTensor& lengths, const MaybeTensor& reset, bool reverse) {
   fr::Sequence<F> q{};
   q.T = c.T, q.B = c.B, q.I = c.I, q.H = c.H, q.P = c.P;
-  q.x = c.want("x", x, {"T", "B", "I"}), q.h0 = c.want("h0", h0, {"B", P});
+  q.x = c.want("x", x, {"T", "B", "I"}), q.h0 = c.want("h0", h0, {"L", "B", P});
   q.w_ih = c.want("w_ih", w_ih, {GH, "I"}), q.w_hh = c.want("w_hh", w_hh, {GH, P});
   q.b_ih = c.want("b_ih", b_ih, {GH}), q.b_hh = c.want("b_hh", b_hh, {GH});
   q.lengths = c.want_lengths(lengths), q.reset = c.want_reset(reset);
@@ -167,8 +183,8 @@ fr::Sequence<F> sequence(Call<F>& c, const char* GH, const char* P, const Tensor
 // Reads H from c0 where h0 has the projected size; returns the letter of h's size.
 template <class F> const char* projection(Call<F>& c, const Tensor& c0, const MaybeTensor& w_hr) {
   if (!w_hr) return "H";
-  if (c0.dim() != 2 || c0.size(1) < 1) c.fail("c0 must be (B, H), got " + shape_of(c0));
-  c.H = c0.size(1);
+  if (c0.dim() < 2 || c0.size(c0.dim() - 1) < 1) c.fail("c0 must be (B, H), got " + shape_of(c0));
+  c.H = c0.size(c0.dim() - 1);
   c.h_from = "c0";
   return "P";
 }
@@ -180,11 +196,10 @@ Tensors5 lstm_forward(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, 
   const char* P = projection(c, c0, w_hr);
   fr::LstmForward<F> a{};
   a.in = sequence(c, "4H", P, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
-  a.c0 = c.want("c0", c0, {"B", "H"});
+  a.c0 = c.want("c0", c0, {"L", "B", "H"});
   a.w_hr = c.want("w_hr", w_hr, {"P", "H"});
-  Tensor y = c.result(x, {"T", "B", P}, &a.y), hn = c.result(x, {"B", P}, &a.hn), cn = c.result(x, {"B", "H"}, &a.cn);
-  Tensor gates = c.result_if(save, x, {"T", "B", "4H"}, &a.gates),
-         cells = c.result_if(save, x, {"T", "B", "H"}, &a.cells);
+  Tensor y = c.result({"T", "B", P}, &a.y), hn = c.result({"L", "B", P}, &a.hn), cn = c.result({"L", "B", "H"}, &a.cn);
+  Tensor gates = c.result_if(save, {"T", "B", "4H"}, &a.gates), cells = c.result_if(save, {"T", "B", "H"}, &a.cells);
   fr::lstm_forward(a);
   return {y, hn, cn, gates, cells};
 }
@@ -197,18 +212,18 @@ Tensors7 lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, T
   const char* P = projection(c, c0, w_hr);
   fr::LstmBackward<F> a{};
   a.in = sequence(c, "4H", P, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
-  a.c0 = c.want("c0", c0, {"B", "H"});
+  a.c0 = c.want("c0", c0, {"L", "B", "H"});
   a.w_hr = c.want("w_hr", w_hr, {"P", "H"});
   a.y = c.want("y", y, {"T", "B", P});
   a.gates = c.want("gates", gates, {"T", "B", "4H"});
   a.cells = c.want("cells", cells, {"T", "B", "H"});
   a.dy = c.want("dy", dy, {"T", "B", P});
-  a.dhn = c.want("dhn", dhn, {"B", P});
-  a.dcn = c.want("dcn", dcn, {"B", "H"});
-  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", P}, &a.dh0),
-         dc0 = c.result(x, {"B", "H"}, &a.dc0);
-  Tensor dw_ih = c.result(x, {"4H", "I"}, &a.dw_ih), dw_hh = c.result(x, {"4H", P}, &a.dw_hh);
-  Tensor db = c.result_if(b_ih || b_hh, x, {"4H"}, &a.db), dw_hr = c.result_if(!!w_hr, x, {"P", "H"}, &a.dw_hr);
+  a.dhn = c.want("dhn", dhn, {"L", "B", P});
+  a.dcn = c.want("dcn", dcn, {"L", "B", "H"});
+  Tensor dx = c.result({"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", P}, &a.dh0),
+         dc0 = c.result({"L", "B", "H"}, &a.dc0);
+  Tensor dw_ih = c.result({"4H", "I"}, &a.dw_ih), dw_hh = c.result({"4H", P}, &a.dw_hh);
+  Tensor db = c.result_if(b_ih || b_hh, {"4H"}, &a.db), dw_hr = c.result_if(!!w_hr, {"P", "H"}, &a.dw_hr);
   fr::lstm_backward(a);
   return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
 }
@@ -219,8 +234,8 @@ Tensors3 gru_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor 
   Call<F> c("gru_forward", x, h0);
   fr::GruForward<F> a{};
   a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
-  Tensor y = c.result(x, {"T", "B", "H"}, &a.y), hn = c.result(x, {"B", "H"}, &a.hn);
-  Tensor gates = c.result_if(save, x, {"T", "B", "4H"}, &a.gates);
+  Tensor y = c.result({"T", "B", "H"}, &a.y), hn = c.result({"L", "B", "H"}, &a.hn);
+  Tensor gates = c.result_if(save, {"T", "B", "4H"}, &a.gates);
   fr::gru_forward(a);
   return {y, hn, gates};
 }
@@ -234,10 +249,10 @@ Tensors6 gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, T
   a.y = c.want("y", y, {"T", "B", "H"});
   a.gates = c.want("gates", gates, {"T", "B", "4H"});
   a.dy = c.want("dy", dy, {"T", "B", "H"});
-  a.dhn = c.want("dhn", dhn, {"B", "H"});
-  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", "H"}, &a.dh0);
-  Tensor dw_ih = c.result(x, {"3H", "I"}, &a.dw_ih), dw_hh = c.result(x, {"3H", "H"}, &a.dw_hh);
-  Tensor db_ih = c.result_if(!!b_ih, x, {"3H"}, &a.db_ih), db_hh = c.result_if(!!b_hh, x, {"3H"}, &a.db_hh);
+  a.dhn = c.want("dhn", dhn, {"L", "B", "H"});
+  Tensor dx = c.result({"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", "H"}, &a.dh0);
+  Tensor dw_ih = c.result({"3H", "I"}, &a.dw_ih), dw_hh = c.result({"3H", "H"}, &a.dw_hh);
+  Tensor db_ih = c.result_if(!!b_ih, {"3H"}, &a.db_ih), db_hh = c.result_if(!!b_hh, {"3H"}, &a.db_hh);
   fr::gru_backward(a);
   return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
 }
@@ -255,7 +270,7 @@ Tensors2 rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor 
   fr::RnnForward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
   a.relu = is_relu(c, nonlinearity);
-  Tensor y = c.result(x, {"T", "B", "H"}, &a.y), hn = c.result(x, {"B", "H"}, &a.hn);
+  Tensor y = c.result({"T", "B", "H"}, &a.y), hn = c.result({"L", "B", "H"}, &a.hn);
   fr::rnn_forward(a);
   return {y, hn};
 }
@@ -270,19 +285,54 @@ Tensors5 rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, T
   a.relu = is_relu(c, nonlinearity);
   a.y = c.want("y", y, {"T", "B", "H"});
   a.dy = c.want("dy", dy, {"T", "B", "H"});
-  a.dhn = c.want("dhn", dhn, {"B", "H"});
-  Tensor dx = c.result(x, {"T", "B", "I"}, &a.dx), dh0 = c.result(x, {"B", "H"}, &a.dh0);
-  Tensor dw_ih = c.result(x, {"H", "I"}, &a.dw_ih), dw_hh = c.result(x, {"H", "H"}, &a.dw_hh);
-  Tensor db = c.result_if(b_ih || b_hh, x, {"H"}, &a.db);
+  a.dhn = c.want("dhn", dhn, {"L", "B", "H"});
+  Tensor dx = c.result({"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", "H"}, &a.dh0);
+  Tensor dw_ih = c.result({"H", "I"}, &a.dw_ih), dw_hh = c.result({"H", "H"}, &a.dw_hh);
+  Tensor db = c.result_if(b_ih || b_hh, {"H"}, &a.db);
   fr::rnn_backward(a);
   return {dx, dh0, dw_ih, dw_hh, db};
+}
+
+// The new states alone, mostly of one step: x (B, I). What a call through the dispatcher costs is in its arguments and
+// results, and a small cell's step is little more than that.
+template <class F>
+Tensors2 lstm_step(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh) {
+  Call<F> c("lstm_step", x, h0);
+  fr::LstmForward<F> a{};
+  a.in = sequence(c, "4H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, {}, {}, false);
+  a.c0 = c.want("c0", c0, {"L", "B", "H"});
+  const Tensor y = c.result({"T", "B", "H"}, &a.y);
+  Tensor hn = c.result({"L", "B", "H"}, &a.hn), cn = c.result({"L", "B", "H"}, &a.cn);
+  fr::lstm_forward(a);
+  return {hn, cn};
+}
+template <class F> Tensor gru_step(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh) {
+  Call<F> c("gru_step", x, h0);
+  fr::GruForward<F> a{};
+  a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, {}, {}, false);
+  const Tensor y = c.result({"T", "B", "H"}, &a.y);
+  Tensor hn = c.result({"L", "B", "H"}, &a.hn);
+  fr::gru_forward(a);
+  return hn;
+}
+template <class F>
+Tensor rnn_step(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh, bool relu) {
+  Call<F> c("rnn_step", x, h0);
+  fr::RnnForward<F> a{};
+  a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, {}, {}, false);
+  a.relu = relu;
+  const Tensor y = c.result({"T", "B", "H"}, &a.y);
+  Tensor hn = c.result({"L", "B", "H"}, &a.hn);
+  fr::rnn_forward(a);
+  return hn;
 }
 
 // An op for both dtypes: float64 where the first argument is, else float32, which refuses every other dtype.
 template <auto F32, auto F64> struct ByDtype;
 template <class R, class... A, R (*F32)(Tensor, A...), R (*F64)(Tensor, A...)> struct ByDtype<F32, F64> {
   static R call(Tensor first, A... rest) {
-    return first.scalar_type() == ScalarType::Double ? F64(first, rest...) : F32(first, rest...);
+    return first.scalar_type() == ScalarType::Double ? F64(std::move(first), std::move(rest)...)
+                                                     : F32(std::move(first), std::move(rest)...);
   }
 };
 #define FR_OP(op) m.impl(#op, TORCH_BOX((&ByDtype<&op<float>, &op<double>>::call)))
@@ -355,7 +405,8 @@ std::string build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastrnn_cpu, m) {
-#define FR_WEIGHTS "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+#define FR_STEP "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
+#define FR_WEIGHTS FR_STEP ", "
 #define FR_ROWS "Tensor? lengths, Tensor? reset, bool reverse"
   m.def("lstm_forward(Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS "Tensor? w_hr, " FR_ROWS
         ", bool save)"
@@ -372,6 +423,9 @@ STABLE_TORCH_LIBRARY(fastrnn_cpu, m) {
   m.def("rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS
         ", str nonlinearity, Tensor y)"
         " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
+  m.def("lstm_step(Tensor x, Tensor h0, Tensor c0, " FR_STEP ") -> (Tensor hn, Tensor cn)");
+  m.def("gru_step(Tensor x, Tensor h0, " FR_STEP ") -> Tensor");
+  m.def("rnn_step(Tensor x, Tensor h0, " FR_STEP ", bool relu) -> Tensor");
   m.def(
       "sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, Tensor? mask, Tensor seed, Tensor "
       "sequence,"
@@ -389,6 +443,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CPU, m) {
   FR_OP(gru_backward);
   FR_OP(rnn_forward);
   FR_OP(rnn_backward);
+  FR_OP(lstm_step);
+  FR_OP(gru_step);
+  FR_OP(rnn_step);
   m.impl("sample", TORCH_BOX(&sample));
 }
 

@@ -184,17 +184,30 @@ def backend(name: str | None) -> Iterator[None]:
 def explicit() -> str | None:
     """The backend asked for by `backend` or else by ``FASTRNN_BACKEND``; None when the choice is automatic."""
     name = _explicit.get()
-    if name is None:
-        name = os.environ.get("FASTRNN_BACKEND", "")
-        if name:
-            _checked_name(name, "FASTRNN_BACKEND")
-    return name or None
+    return (_environment() if name is None else name) or None
+
+
+@functools.cache
+def _environment() -> str:
+    """``FASTRNN_BACKEND``, read when it is first needed: reading it takes longer than a small cell's step."""
+    name = os.environ.get("FASTRNN_BACKEND", "")
+    return _checked_name(name, "FASTRNN_BACKEND") if name else ""
+
+
+def unasked() -> bool:
+    """Whether nobody asked for a backend and nobody records the choices."""
+    return _record.get() is None and not explicit()
 
 
 def _checked_name(name: str, source: str) -> str:
     if name not in TABLE:
         raise ValueError(f"{source}: there is no backend {name!r}; the backends are {', '.join(TABLE)}")
     return name
+
+
+def automatic(call: Call) -> Choice:
+    """The automatic choice for ``call``."""
+    return _choose(call, None)
 
 
 def choose(call: Call) -> Choice:

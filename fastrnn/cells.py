@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import direct, ops
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -84,8 +84,13 @@ class _Cell(Twin):
 
     _states = 1
 
+    _cell: str
+
     def _step(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], reset: Tensor | None) -> Any:
         raise NotImplementedError
+
+    def _directly(self, x: Any, hx: Any, weights: list[Tensor]) -> tuple[Tensor, ...] | None:
+        return direct.step(self._cell, x, hx, weights, self.input_size, self.hidden_size)
 
     def forward(self, input: Tensor, hx: State | None = None, *, reset: Tensor | None = None) -> Any:
         """One step.
@@ -96,6 +101,8 @@ class _Cell(Twin):
         """
         parameters = self._parameters
         weights = [parameters[name] if name in parameters else getattr(self, name) for name in _CELL_WEIGHTS]
+        if reset is None and (new := self._directly(input, hx, weights)) is not None:
+            return new[0] if self._states == 1 else new
         if not self._fits(input, hx, weights[0]):
             if (node := fx_leaf(self, input, hx, reset)) is not None:
                 return node
@@ -139,6 +146,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     """torch.nn.LSTMCell: one step of LSTM. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html"""
 
     _torch = nn.LSTMCell
+    _cell = "lstm"
     _states = 2
 
     def _step(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], reset: Tensor | None) -> Any:
@@ -149,6 +157,7 @@ class GRUCell(_Cell, nn.GRUCell):
     """torch.nn.GRUCell: one step of GRU. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html"""
 
     _torch = nn.GRUCell
+    _cell = "gru"
 
     def _step(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], reset: Tensor | None) -> Any:
         return ops.gru(x, *states, *weights, reset=reset)[1:]
@@ -158,6 +167,12 @@ class RNNCell(_Cell, nn.RNNCell):
     """torch.nn.RNNCell: one step of RNN. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html"""
 
     _torch = nn.RNNCell
+    _cell = "rnn"
+
+    def _directly(self, x: Any, hx: Any, weights: list[Tensor]) -> tuple[Tensor, ...] | None:
+        if self.nonlinearity not in ("tanh", "relu"):
+            return None
+        return direct.step("rnn", x, hx, weights, self.input_size, self.hidden_size, self.nonlinearity)
 
     def _fits(self, x: Any, hx: Any, weight: Tensor) -> bool:
         return self.nonlinearity in ("tanh", "relu") and super()._fits(x, hx, weight)

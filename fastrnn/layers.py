@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from . import ops
+from . import direct, ops
 from .cells import GRUCell, LSTMCell, RNNCell, State, Twin, check_reset, fx_leaf, same_kind
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -108,6 +108,22 @@ class _Layers(Twin, nn.RNNBase):
             return c, c
         return torch.zeros(rows, batch, self.proj_size, dtype=x.dtype, device=x.device), c
 
+    def _directly(self, x: Tensor, hx: Any, weights: list[Tensor]):
+        if self.proj_size or (self.dropout and self.training):
+            return None
+        return direct.stack(
+            self.mode,
+            x,
+            hx,
+            weights,
+            inputs=self.input_size,
+            hidden=self.hidden_size,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            training=self.training,
+        )
+
     def _run(self, x: Tensor, hx: State, weights: list[Tensor], batch_sizes: Tensor | None, reset: Tensor | None):
         return ops.stack(
             self.mode,
@@ -151,6 +167,8 @@ class _Layers(Twin, nn.RNNBase):
                 hx = hx.unsqueeze(1) if self._states == 1 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         else:
             x = input.transpose(0, 1) if batch_first else input
+            if reset is None and (results := self._directly(x, hx, weights)) is not None:
+                return (results[0].transpose(0, 1), results[1]) if batch_first else results
             if not self._fits(x, hx, weights[0], (x.size(1),)):
                 self._refuse(input, hx)
         if reset is not None:

@@ -286,7 +286,7 @@ BAD = {
     "w_ih": (torch.zeros(9, 2), r"w_ih must be \(4H, I\) = \(12, 2\) because h0 has H=3 and x has I=2, got \(9, 2\)"),
     "b_ih": (torch.zeros(3), r"b_ih must be \(4H,\) = \(12,\) because h0 has H=3, got \(3,\)"),
     "c0": (torch.zeros(1, 3), r"c0 must be \(B, H\) = \(2, 3\) because x has B=2 and h0 has H=3, got \(1, 3\)"),
-    "x": (torch.zeros(2, 2), r"lstm_forward: x must be \(T, B, I\), got \(2, 2\)"),
+    "x": (torch.zeros(2), r"lstm_forward: x must be \(T, B, I\), got \(2,\)"),
     "h0": (torch.zeros(2, 0), r"h0 must have at least one hidden unit, got \(2, 0\)"),
     "b_hh": (torch.zeros(12).double(), "b_hh must be float32, got float64"),
     "lengths": (torch.tensor([1, 9]), "lengths must be within 0 and T=5, got 9 for row 1"),
