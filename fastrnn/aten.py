@@ -57,6 +57,10 @@ def stack(
 ):  # fmt: skip
     """Run a stack of layers as `torch.nn.LSTM` and its kin do: ``(y, hx)``; arguments as `fastrnn.ops.stack`."""
     options = (mode, bias, num_layers, dropout, training, bidirectional, batch_sizes)
+    if needs_grad and mode == "LSTM" and _one_step(x, batch_sizes) and len(weights) == 2 + 2 * bias:
+        # oneDNN packs the weights at every call, several times the work of a step forward and back.
+        h, c = step("lstm", "", x[0], (hx[0][0], hx[1][0]), weights if bias else [*weights, None, None])
+        return h.unsqueeze(0), (h.unsqueeze(0).clone(), c.unsqueeze(0))
     if not (needs_grad and x.device.type == "cuda"):
         return _fused(options, x, hx, weights)
     states = hx if mode == "LSTM" else (hx,)
@@ -71,6 +75,11 @@ def stack(
     tensors = (x, *states, *weights)
     y, *ends = DoublyDifferentiable.apply(functools.partial(run, True), functools.partial(run, False), *tensors)
     return y, (tuple(ends) if mode == "LSTM" else ends[0])
+
+
+def _one_step(x: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether a CPU is to run one step that no trace records for other lengths."""
+    return batch_sizes is None and x.device.type == "cpu" and not torch.jit.is_tracing() and x.shape[0] == 1
 
 
 def _fused(options: tuple, x: Tensor, hx, weights: list[Tensor]):
