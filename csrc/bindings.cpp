@@ -311,7 +311,7 @@ Tensors5 sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor 
   kept.reserve(10);
   kept.push_back(logits.is_contiguous() ? logits : torch::stable::contiguous(logits));
   fr::Sample a{};
-  a.B = B, a.V = V, a.mode_of = mode_of, a.logprobs = logprobs, a.pool = threads();
+  a.B = B, a.V = a.logits_stride = V, a.mode_of = mode_of, a.logprobs = logprobs, a.pool = threads();
   a.logits = static_cast<const float*>(kept.back().data_ptr());
   a.scale = column<float>("scale", scale, B, kept), a.min_p = column<float>("min_p", min_p, B, kept);
   a.top_k = column<int64_t>("top_k", top_k, B, kept), a.top_p = column<int64_t>("top_p", top_p, B, kept);
