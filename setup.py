@@ -35,7 +35,7 @@ CXX_FLAGS = [
     "-Wextra",
     # A fused multiply-add rounds once, not twice. The sampler's definition names each one; the compiler must add none.
     "-ffp-contract=off",
-    # torch 2.11 is the oldest whose stable interface has all that bindings.cpp uses.
+    # torch 2.11 is the oldest whose stable interface has all that the bindings use.
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 NVCC_FLAGS = [
@@ -133,7 +133,7 @@ def extension() -> dict:
     from torch import version as torch_version
     from torch.utils import cpp_extension
 
-    sources = files("csrc/bindings.cpp", "csrc/pyinit.c", "csrc/cpu/*.cpp")
+    sources = files("csrc/bindings*.cpp", "csrc/pyinit.c", "csrc/cpu/*.cpp")
     headers = files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inc")
     # torch's own headers are not clean under -Wextra; as system headers they stay silent and ours still speak.
     quiet = [word for folder in cpp_extension.include_paths() for word in ("-isystem", folder)]

@@ -1,4 +1,4 @@
-// The contract between bindings.cpp, which knows torch, and the kernels, which know raw pointers only.
+// The contract between the bindings, which know torch, and the kernels, which know raw pointers only.
 //
 // Letters: T time, B batch, I input, H hidden, P projection (P = H without one), G gates (LSTM 4, GRU 3, RNN 1).
 // Every tensor is dense, row-major and time-major; F is float or double, one for all tensors of a call. Sizes may be 0
@@ -117,12 +117,13 @@ constexpr int64_t kMaxVocabulary = 1 << 24;
 // The result of a row depends on that row's elements alone. B may be 0; V is 1 .. 2^24.
 struct Sample {
   int64_t B, V;
-  const float* logits;   // (B, V)
-  const float* scale;    // (B,) log2(e) / temperature; 0: greedy
-  const int64_t* top_k;  // (B,) 0: off
-  const int64_t* top_p;  // (B,) in units of 2^-63; 0: off
-  const float* min_p;    // (B,) -log2(min_p); +inf: off
-  const bool* mask;      // (V,) when mask_stride is 0, (B, V) when it is V, true = allowed; or null
+  const float* logits;    // (B, V), the elements of a row side by side
+  int64_t logits_stride;  // elements between rows of logits, V or more
+  const float* scale;     // (B,) log2(e) / temperature; 0: greedy
+  const int64_t* top_k;   // (B,) 0: off
+  const int64_t* top_p;   // (B,) in units of 2^-63; 0: off
+  const float* min_p;     // (B,) -log2(min_p); +inf: off
+  const bool* mask;       // (V,) when mask_stride is 0, (B, V) when it is V, true = allowed; or null
   int64_t mask_stride;
   const int64_t* seed;      // (B,) bits of a uint64, as is sequence
   const int64_t* sequence;  // (B,)

@@ -25,6 +25,12 @@ constexpr int kTopPShift = 16;
 constexpr float kScaleMin = 0x1p-126f;
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr double kLn2 = 0.6931471805599453;
+// Minimax fit P of 2^f on [0, 1] in relative error with P(0) = 1; the coefficients of reference_sample.py.
+constexpr float kExp2C1 = 0x1.62e4bap-1f;
+constexpr float kExp2C2 = 0x1.ebdb6ap-3f;
+constexpr float kExp2C3 = 0x1.c91c10p-5f;
+constexpr float kExp2C4 = 0x1.277c1cp-7f;
+constexpr float kExp2C5 = 0x1.e96912p-10f;
 
 enum Status : int32_t { kOk = 0, kNan = 1, kInfinite = 2, kEmpty = 3, kParameter = 4 };
 
@@ -92,12 +98,10 @@ FR_HD Exp2Parts exp2_parts(float z) {
   int32_t k = static_cast<int32_t>(z);
   k -= static_cast<float>(k) > z ? 1 : 0;
   const float f = sub_rn(z, static_cast<float>(k));
-  // Minimax fit of 2^f on [0, 1] in relative error with P(0) = 1; the coefficients of reference_sample.py.
-  float q = 0x1.e96912p-10f;
-  q = fma_rn(q, f, 0x1.277c1cp-7f);
-  q = fma_rn(q, f, 0x1.c91c10p-5f);
-  q = fma_rn(q, f, 0x1.ebdb6ap-3f);
-  q = fma_rn(q, f, 0x1.62e4bap-1f);
+  float q = fma_rn(kExp2C5, f, kExp2C4);
+  q = fma_rn(q, f, kExp2C3);
+  q = fma_rn(q, f, kExp2C2);
+  q = fma_rn(q, f, kExp2C1);
   q = fma_rn(q, f, 1.0f);
   // Clamped to [1, 2) as bits, which order positive floats; compares of floats would keep loops from vectorising.
   int32_t bits = static_cast<int32_t>(float_bits(q)) - 0x3f000000;
