@@ -35,7 +35,7 @@ CXX_FLAGS = [
     "-Wextra",
     # A fused multiply-add rounds once, not twice. The sampler's definition names each one; the compiler must add none.
     "-ffp-contract=off",
-    # torch 2.11 is the oldest whose stable interface has all that bindings.cpp uses.
+    # torch 2.11 is the oldest whose stable interface has all that the bindings use.
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 NVCC_FLAGS = [

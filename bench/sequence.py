@@ -1,4 +1,4 @@
-"""Sequence mode against torch.nn: microseconds of CPU time for forward, and for forward and backward.
+"""Layers and cells against torch.nn: microseconds of CPU time for forward, and for forward and backward.
 
 Each shape runs the automatic choice, every backend of ours, and torch.nn with oneDNN on and off, interleaved in one
 run, after the outputs and the gradients of all of them have been compared with torch.nn in float64.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from bench.timing import interleaved, row, write_csv
 # T, B, L, H, I: the stacks of the five tutorials and of word and molecule models, then single steps.
 SHAPES = [
     (100, 128, 4, 256, 1), (100, 64, 1, 512, 512), (35, 20, 2, 650, 650), (100, 64, 1, 64, 82), (100, 1, 4, 256, 1),
-    (100, 1, 1, 64, 82), (5, 1, 1, 32, 16), (1, 1, 1, 64, 64), (1, 16, 1, 256, 256), (1, 256, 1, 256, 256),
+    (100, 1, 1, 64, 82), (5, 1, 1, 32, 16), (5, 16, 1, 64, 64),
+    *((1, batch, 1, hidden, hidden) for hidden in (64, 256) for batch in (1, 16, 256)),
 ]  # fmt: skip
 QUICK = [(5, 1, 1, 32, 16), (1, 16, 1, 64, 64)]
-CELLS = {"LSTM": (nn.LSTM, fastrnn.LSTM), "GRU": (nn.GRU, fastrnn.GRU), "RNN": (nn.RNN, fastrnn.RNN)}
+LAYERS = ("LSTM", "GRU", "RNN")
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")  # run the shapes with T=1 and L=1
 
 
 def runner(layer: nn.Module, x: Tensor, backend: str | None, onednn: bool, gradient: bool) -> Callable[[], Tensor]:
@@ -34,18 +37,31 @@ def runner(layer: nn.Module, x: Tensor, backend: str | None, onednn: bool, gradi
     def run() -> Tensor:
         no_onednn = contextlib.nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False)
         with fastrnn.backend(backend), no_onednn, torch.set_grad_enabled(gradient):
-            y = layer(x)[0]
+            y = first(layer(x))
             if gradient:
                 y.backward(y.detach())
             return y
 
-    return run
+    def run_plainly() -> Tensor:
+        with torch.set_grad_enabled(gradient):
+            y = first(layer(x))
+            if gradient:
+                y.backward(y.detach())
+            return y
+
+    # What a context costs is much of a single step, so a rival that needs none has none.
+    return run_plainly if backend is None and onednn else run
+
+
+def first(result: Tensor | tuple) -> Tensor:
+    """The output of a layer, the (first) state of a cell."""
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor) -> None:
     """Refuse to time a rival whose output is further from float64 than three times torch.nn's own error."""
     with torch.no_grad():
-        expected = double(x.double())[0]
+        expected = first(double(x.double()))
         errors = {name: (run().double() - expected).abs().max().item() for name, run in rivals.items()}
     allowed = 3 * errors["torch"] + 64 * torch.finfo(x.dtype).eps
     wrong = {name: error for name, error in errors.items() if not error <= allowed}
@@ -53,31 +69,29 @@ def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor)
         raise SystemExit(f"not timed: errors {wrong} exceed {allowed:.2e} on shape {tuple(x.shape)}")
 
 
-def measure(cell: str, shape: tuple[int, ...], gradient: bool) -> list[dict]:
+def measure(name: str, shape: tuple[int, ...], gradient: bool) -> list[dict]:
     """Rows of one shape; printed as they come."""
     time, batch, layers, hidden, inputs = shape
-    plain, ours = CELLS[cell]
     torch.manual_seed(0)
-    theirs = plain(inputs, hidden, layers)
-    layer = ours(inputs, hidden, layers)
+    sizes = (inputs, hidden) if name in CELLS else (inputs, hidden, layers)
+    theirs, layer = getattr(nn, name)(*sizes), getattr(fastrnn, name)(*sizes)
     layer.load_state_dict(theirs.state_dict())
-    double = plain(inputs, hidden, layers).double()
-    double.load_state_dict(theirs.state_dict())
-    x = torch.randn(time, batch, inputs)
+    double = copy.deepcopy(theirs).double()
+    x = torch.randn(batch, inputs) if name in CELLS else torch.randn(time, batch, inputs)
     rivals = {"auto": runner(layer, x, None, True, gradient)}
-    for name, why in fastrnn.backends.available().items():
-        if why is None and name != "reference":
-            rivals[name] = runner(layer, x, name, True, gradient)
+    for backend, why in fastrnn.backends.available().items():
+        if why is None and backend != "reference":
+            rivals[backend] = runner(layer, x, backend, True, gradient)
     rivals["torch"] = runner(theirs, x, None, True, gradient)
     rivals["torch without oneDNN"] = runner(theirs, x, None, False, gradient)
     check(rivals, double, x)
     timings = interleaved(rivals)
     best = min(timings["torch"].median, timings["torch without oneDNN"].median)
-    op = f"{cell} {'forward+backward' if gradient else 'forward'}"
-    figures = "  ".join(f"{name} {t.median:.0f} ({best / t.median:.2f}x)" for name, t in timings.items())
+    op = f"{name} {'forward+backward' if gradient else 'forward'}"
+    figures = "  ".join(f"{rival} {t.median:.0f} ({best / t.median:.2f}x)" for rival, t in timings.items())
     print(f"{op} T={time} B={batch} L={layers} H={hidden} I={inputs}: {figures}", flush=True)
     sizes = dict(dtype="float32", T=time, B=batch, I=inputs, H=hidden, L=layers)
-    return [row(op, name, timing, **sizes) for name, timing in timings.items()]
+    return [row(op, rival, timing, **sizes) for rival, timing in timings.items()]
 
 
 def main() -> None:
@@ -89,9 +103,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     for shape in QUICK if options.quick else SHAPES:
-        for cell in CELLS:
+        for name in LAYERS + CELLS if shape[0] == shape[2] == 1 else LAYERS:
             for gradient in (False, True):
-                rows += measure(cell, shape, gradient)
+                rows += measure(name, shape, gradient)
     write_csv(options.output, rows)
     print(f"wrote {options.output}")
 

@@ -1,29 +1,21 @@
-// Registers the kernels as torch.ops.fastrnn_cpu.*: checks the arguments, allocates the results, calls through
-// kernels.h.
-//
-// The only file that includes torch, and of torch only its stable interface, so that one binary serves every torch from
-// 2.11 on. Fake kernels, autograd and the choice of a backend are Python's (fastrnn/library.py, fastrnn/backends.py).
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+// Registers the cells' kernels as torch.ops.fastrnn_cpu.*: checks the arguments, allocates the results, calls through
+// kernels.h. The draw has bindings_sample.cpp. Fake kernels, autograd and the choice of a backend are Python's
+// (fastrnn/library.py, fastrnn/backends.py).
+#include "bindings.h"
 
 #include <initializer_list>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <type_traits>
-#include <utility>
 #include <vector>
-
-#include "kernels.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using fr::dtype_name;
+using fr::MaybeTensor;
+using fr::ScalarType;
+using fr::shape_of;
+using fr::Tensor;
+using fr::threads;
 using Tensors2 = std::tuple<Tensor, Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -32,22 +24,6 @@ using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 // Each a letter of kernels.h with an optional factor: "T", "4H". T is left out by an x (B, I), a single step; L, of
 // size 1, is there where h0 is (1, B, H), a slice of a stack's states.
 using Dims = std::initializer_list<const char*>;
-
-std::string dtype_name(ScalarType dtype) {
-  constexpr std::pair<ScalarType, const char*> names[] = {
-      {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"}, {ScalarType::Half, "float16"},
-      {ScalarType::Long, "int64"},    {ScalarType::Int, "int32"},      {ScalarType::BFloat16, "bfloat16"},
-      {ScalarType::Bool, "bool"}};
-  for (const auto& [known, name] : names)
-    if (known == dtype) return name;
-  return torch::headeronly::toString(dtype);
-}
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + (t.dim() == 1 ? ",)" : ")");
-}
 
 // A new dense tensor on the CPU, uninitialised. Not torch::stable::new_empty, which looks its op up by name: 3 us.
 Tensor empty(int64_t dims, const int64_t* sizes, ScalarType dtype) {
@@ -157,13 +133,6 @@ template <class F> class Call {
          shape_of(t));
   }
 };
-
-fr::Pool threads() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t n, void (*task)(int64_t, int64_t, void*), void* ctx) {
-            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { task(begin, end, ctx); });
-          }};
-}
 
 // The arguments that every cell has. GH: "4H" for LSTM, and so on; P: "H" where there is no projection.
 template <class F>
@@ -337,59 +306,6 @@ template <class R, class... A, R (*F32)(Tensor, A...), R (*F64)(Tensor, A...)> s
 };
 #define FR_OP(op) m.impl(#op, TORCH_BOX((&ByDtype<&op<float>, &op<double>>::call)))
 
-// A row's parameter of `sample`: (B,) of one dtype, dense for as long as `kept` lives.
-template <class D> const D* column(const char* name, const Tensor& t, int64_t B, std::vector<Tensor>& kept) {
-  constexpr ScalarType dtype = std::is_same_v<D, float> ? ScalarType::Float : ScalarType::Long;
-  if (t.scalar_type() != dtype || !t.is_cpu() || t.dim() != 1 || t.size(0) != B)
-    throw std::runtime_error(std::string("sample: ") + name + " must be (B,) = (" + std::to_string(B) + ",) " +
-                             dtype_name(dtype) + " on the CPU, like logits, got " + shape_of(t) + " " +
-                             dtype_name(t.scalar_type()));
-  kept.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-  return static_cast<const D*>(kept.back().data_ptr());
-}
-
-Tensors5 sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, MaybeTensor mask, Tensor seed,
-                Tensor sequence, Tensor step, int64_t mode_of, bool logprobs) {
-  const auto fail = [](const std::string& what) { throw std::runtime_error("sample: " + what); };
-  if (logits.scalar_type() != ScalarType::Float || logits.dim() != 2)
-    fail("logits must be (B, V) float32, got " + shape_of(logits) + " " + dtype_name(logits.scalar_type()));
-  const int64_t B = logits.size(0), V = logits.size(1);
-  if (V < 1 || V > fr::kMaxVocabulary)
-    fail("logits must have 1 to " + std::to_string(fr::kMaxVocabulary) + " columns (tokens), got " + std::to_string(V));
-  if (mode_of < 1) fail("mode_of must be at least 1, got " + std::to_string(mode_of));
-  std::vector<Tensor> kept;
-  kept.reserve(10);
-  kept.push_back(logits.is_contiguous() ? logits : torch::stable::contiguous(logits));
-  fr::Sample a{};
-  a.B = B, a.V = a.logits_stride = V, a.mode_of = mode_of, a.logprobs = logprobs, a.pool = threads();
-  a.logits = static_cast<const float*>(kept.back().data_ptr());
-  a.scale = column<float>("scale", scale, B, kept), a.min_p = column<float>("min_p", min_p, B, kept);
-  a.top_k = column<int64_t>("top_k", top_k, B, kept), a.top_p = column<int64_t>("top_p", top_p, B, kept);
-  a.seed = column<int64_t>("seed", seed, B, kept), a.sequence = column<int64_t>("sequence", sequence, B, kept);
-  a.step = column<int64_t>("step", step, B, kept);
-  if (mask) {
-    const bool fits = mask->dim() == 2 && (mask->size(0) == 1 || mask->size(0) == B) && mask->size(1) == V;
-    if (!fits || mask->scalar_type() != ScalarType::Bool || !mask->is_cpu())
-      fail("mask must be (1, V) or (B, V) = (" + std::to_string(B) + ", " + std::to_string(V) +
-           ") bool on the CPU, like logits, got " + shape_of(*mask) + " " + dtype_name(mask->scalar_type()));
-    kept.push_back(torch::stable::contiguous(*mask));
-    a.mask = static_cast<const bool*>(kept.back().data_ptr());
-    a.mask_stride = mask->size(0) == 1 ? 0 : V;
-  }
-  const int64_t rows = B, floats = logprobs ? B : 0;
-  const auto empty = [&](const int64_t& size, ScalarType dtype) {
-    return torch::stable::new_empty(logits, {&size, 1}, dtype);
-  };
-  Tensor token = empty(rows, ScalarType::Long), status = empty(rows, ScalarType::Int);
-  Tensor plain = empty(floats, ScalarType::Float), tempered = empty(floats, ScalarType::Float),
-         margin = empty(floats, ScalarType::Float);
-  a.token = static_cast<int64_t*>(token.data_ptr()), a.status = static_cast<int32_t*>(status.data_ptr());
-  a.logprob = static_cast<float*>(plain.data_ptr()), a.tempered_logprob = static_cast<float*>(tempered.data_ptr());
-  a.margin = static_cast<float*>(margin.data_ptr());
-  fr::sample(a);
-  return {token, plain, tempered, margin, status};
-}
-
 std::string isa() { return fr::cpu_isa(); }
 void set_isa(std::string name) { fr::set_cpu_isa(name.c_str()); }
 std::string build_info() {
@@ -426,11 +342,6 @@ STABLE_TORCH_LIBRARY(fastrnn_cpu, m) {
   m.def("lstm_step(Tensor x, Tensor h0, Tensor c0, " FR_STEP ") -> (Tensor hn, Tensor cn)");
   m.def("gru_step(Tensor x, Tensor h0, " FR_STEP ") -> Tensor");
   m.def("rnn_step(Tensor x, Tensor h0, " FR_STEP ", bool relu) -> Tensor");
-  m.def(
-      "sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, Tensor? mask, Tensor seed, Tensor "
-      "sequence,"
-      " Tensor step, int mode_of, bool logprobs)"
-      " -> (Tensor token, Tensor logprob, Tensor tempered_logprob, Tensor margin, Tensor status)");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("build_info() -> str");
@@ -446,7 +357,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CPU, m) {
   FR_OP(lstm_step);
   FR_OP(gru_step);
   FR_OP(rnn_step);
-  m.impl("sample", TORCH_BOX(&sample));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CompositeExplicitAutograd, m) {

@@ -1,4 +1,4 @@
-// The contract between bindings.cpp, which knows torch, and the kernels, which know raw pointers only.
+// The contract between the bindings, which know torch, and the kernels, which know raw pointers only.
 //
 // Letters: T time, B batch, I input, H hidden, P projection (P = H without one), G gates (LSTM 4, GRU 3, RNN 1).
 // Every tensor is dense, row-major and time-major; F is float or double, one for all tensors of a call. Sizes may be 0

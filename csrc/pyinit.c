@@ -1,4 +1,4 @@
-/* Makes the shared library importable: `import fastrnn._C` runs the registrations of bindings.cpp. */
+/* Makes the shared library importable: `import fastrnn._C` runs the registrations of bindings*.cpp. */
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 

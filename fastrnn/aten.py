@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import _VF, Tensor
@@ -57,6 +57,10 @@ def stack(
 ):  # fmt: skip
     """Run a stack of layers as `torch.nn.LSTM` and its kin do: ``(y, hx)``; arguments as `fastrnn.ops.stack`."""
     options = (mode, bias, num_layers, dropout, training, bidirectional, batch_sizes)
+    if needs_grad and mode == "LSTM" and _one_step(x, batch_sizes) and len(weights) == 2 + 2 * bias:
+        # oneDNN packs the weights at every call, several times the work of a step forward and back.
+        h, c = step("lstm", "", x[0], (hx[0][0], hx[1][0]), weights if bias else [*weights, None, None])
+        return h.unsqueeze(0), (h.unsqueeze(0).clone(), c.unsqueeze(0))
     if not (needs_grad and x.device.type == "cuda"):
         return _fused(options, x, hx, weights)
     states = hx if mode == "LSTM" else (hx,)
@@ -73,6 +77,11 @@ def stack(
     return y, (tuple(ends) if mode == "LSTM" else ends[0])
 
 
+def _one_step(x: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether a CPU is to run one step that no trace records for other lengths."""
+    return batch_sizes is None and x.device.type == "cpu" and not torch.jit.is_tracing() and x.shape[0] == 1
+
+
 def _fused(options: tuple, x: Tensor, hx, weights: list[Tensor]):
     """API: ``torch._VF.lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu``."""
     mode, bias, num_layers, dropout, training, bidirectional, batch_sizes = options
@@ -87,19 +96,24 @@ def _fused(options: tuple, x: Tensor, hx, weights: list[Tensor]):
 def layer(cell: str, a: dict, needs_grad: bool) -> tuple[Tensor, ...]:
     """One layer in one direction, arguments by name as in the op's schema: ``(y, *states)``.
 
-    A single step runs PyTorch's cell (API: ``torch._VF.lstm_cell`` and its kin), which packs nothing.
+    A single step runs PyTorch's cell, which packs nothing.
     """
     mode = cell.upper() if cell != "rnn" else f"RNN_{a['nonlinearity'].upper()}"
     states = (a["h0"], a["c0"]) if cell == "lstm" else (a["h0"],)
     weights = [a["w_ih"], a["w_hh"], a["b_ih"], a["b_hh"]]
     if a["x"].shape[0] != 1 or a.get("w_hr") is not None:
         return _layer(mode, a["x"], states, [*weights, a.get("w_hr")], a["reverse"], needs_grad)
-    step = {
-        "LSTM": _VF.lstm_cell, "GRU": _VF.gru_cell, "RNN_TANH": _VF.rnn_tanh_cell, "RNN_RELU": _VF.rnn_relu_cell
-    }[mode]  # fmt: skip
-    ends = step(a["x"][0], states if cell == "lstm" else states[0], *weights)
-    ends = ends if cell == "lstm" else (ends,)
+    ends = step(cell, a.get("nonlinearity", ""), a["x"][0], states, weights)
     return (ends[0].unsqueeze(0), *ends)
+
+
+def step(cell: str, nonlinearity: str, x: Tensor, states, weights: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The new states of one step from x (B, I), by PyTorch's cell (API: ``torch._VF.lstm_cell`` and its kin)."""
+    if cell == "lstm":
+        return _VF.lstm_cell(x, states, *weights)
+    if cell == "gru":
+        return (_VF.gru_cell(x, states[0], *weights),)
+    return ((_VF.rnn_relu_cell if nonlinearity == "relu" else _VF.rnn_tanh_cell)(x, states[0], *weights),)
 
 
 def _layer(mode: str, x: Tensor, states, weights: list[Tensor | None], reverse: bool, needs_grad: bool = False):

@@ -167,14 +167,17 @@ def _little_work(call: Call) -> bool:
     """Where the C++ kernels beat PyTorch on a CPU (bench/results/sequence.csv): where a step is so little work that
     PyTorch's cost a step counts; less often for the LSTM, which oneDNN has.
 
-    With a gradient a single step is dearer through the registered op than through PyTorch's own autograd.
+    A single step's cost is Python and dispatch, of which the way to the kernels has less; with a gradient, PyTorch's
+    products are the faster ones for wide states, and its RNN cell is hardly more than they.
     """
-    single_step = call.time == 1
-    if call.op == "lstm":
-        return call.batch <= 2 or (single_step and call.batch <= 16 and (call.hidden >= 128 or not call.needs_grad))
-    if single_step:
-        return call.batch <= 16 and not call.needs_grad
-    return call.batch <= 2 or call.batch * call.hidden <= 4096
+    area = call.batch * call.hidden
+    if call.time == 1:
+        if not call.needs_grad:
+            return call.batch <= 16 or area <= 4096
+        if call.op == "lstm":
+            return call.hidden <= 64 and area <= 1024
+        return call.op == "gru" and call.hidden <= 128 and area <= 4096
+    return call.batch <= 2 or (call.op != "lstm" and area <= 4096)
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------
@@ -212,9 +215,9 @@ def _environment() -> str:
     return _checked_name(name, "FASTRNN_BACKEND") if name else ""
 
 
-def unasked() -> bool:
-    """Whether nobody asked for a backend and nobody records the choices."""
-    return _record.get() is None and not explicit()
+def recording() -> bool:
+    """Whether `explain` is listening."""
+    return _record.get() is not None
 
 
 def _checked_name(name: str, source: str) -> str:

@@ -2,7 +2,7 @@
 
 Most of a small call's cost is Python and dispatch. So here nothing is boxed twice, the table of backends is asked once
 for each kind of call, and a gradient needs one node. A call that anything surrounds (a compiler, a transform, autocast,
-a mode, a choice of backend, `explain`) or that is in any way unusual gets None and goes the long way, which also says
+a mode, `explain`) or that is in any way unusual gets None and goes the long way, which also says
 what is wrong with a call that does not fit.
 """
 
@@ -16,35 +16,46 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import backends
+from . import aten, backends
 from .backends import Call
 
 _STATES = {"lstm": 2, "gru": 1, "rnn": 1}
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 # --- which calls ----------------------------------------------------------------------------------------------------
 
 
+# Bound once: looking them up is a good part of what they cost.
+_is_compiling = torch.compiler.is_compiling
+_in_functorch = torch._C._are_functorch_transforms_active
+_in_autocast = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+
+
 def _surrounded() -> bool:
     """Whether something around this call may want to see it or to change how it runs."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        _is_compiling()
+        or _in_functorch()
+        or _in_autocast()
+        or _dispatch_modes() > 0
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or not backends.unasked()
+        or backends.recording()
     )
 
 
 @functools.lru_cache(maxsize=8192)
-def _chosen(cell: str, dtype: torch.dtype, *sizes: int, training: bool, needs_grad: bool) -> bool:
-    """Whether the automatic choice for this call is the C++ kernels; sizes: T, B, I, H, L."""
-    return backends.automatic(
-        Call(cell, "cpu", dtype, *sizes, training=training, needs_grad=needs_grad)
-    ).backend == "cpu"  # fmt: skip
+def _backend(
+    cell: str, dtype: torch.dtype, time: int, batch: int, inputs: int, hidden: int, layers: int, training: bool,
+    needs_grad: bool, asked: str | None,
+) -> str:  # fmt: skip
+    """The table's choice for this call, remembered by less than a Call; `asked` is the explicit one."""
+    del asked  # `choose` knows it: here it only tells the calls apart
+    call = Call(cell, "cpu", dtype, time, batch, inputs, hidden, layers, training=training, needs_grad=needs_grad)
+    return backends.choose(call).backend
 
 
 def _states(cell: str, hx: Any, x: Tensor, shape: tuple[int, ...]) -> Sequence | None:
@@ -57,26 +68,28 @@ def _states(cell: str, hx: Any, x: Tensor, shape: tuple[int, ...]) -> Sequence |
 
 
 def _plain(x: Tensor, states: Sequence | None, shape: tuple[int, ...], weights: Sequence) -> bool:
-    """Whether the states have this shape, and all are ordinary tensors of one dtype on the CPU."""
+    """Whether the states have this shape, all are ordinary tensors, and x, states and first weight go together."""
     if states is None or not x.is_cpu:
         return False
     dtype = x.dtype
     for state in states:
         if type(state) is not Tensor or state.dtype is not dtype or not state.is_cpu or state.shape != shape:
             return False
+    first = weights[0]
+    if first.dtype is not dtype or not first.is_cpu:
+        return False
     for weight in weights:
         if type(weight) not in _PLAIN:
-            if weight is not None:
-                return False
-        elif weight.dtype is not dtype or not weight.is_cpu:
             return False
     return True
 
 
 def _needs_grad(x: Tensor, states: Sequence[Tensor], weights: Sequence) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(t is not None and t.requires_grad for t in (*weights, *states))
+    if torch.is_grad_enabled():
+        for tensor in (*weights, x, *states):
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 # --- the two calls --------------------------------------------------------------------------------------------------
@@ -94,7 +107,10 @@ def step(
     if not _plain(x, states, shape, weights):
         return None
     needs_grad = _needs_grad(x, states, weights)
-    if not _chosen(cell, x.dtype, 1, batch, inputs, hidden, 1, training=True, needs_grad=needs_grad):
+    backend = _backend(cell, x.dtype, 1, batch, inputs, hidden, 1, True, needs_grad, backends.explicit())
+    if backend == "aten":
+        return aten.step(cell, nonlinearity, x, states, weights)
+    if backend != "cpu":
         return None
     if needs_grad:
         return _Layer.apply(cell, False, _tail(cell, False, nonlinearity), x, *states, *weights)
@@ -123,7 +139,12 @@ def stack(
     if len(weights) != slots * per_slot or not _plain(x, states, shape, weights):
         return None
     needs_grad = _needs_grad(x, states, weights)
-    if not _chosen(cell, x.dtype, time, batch, inputs, hidden, num_layers, training=training, needs_grad=needs_grad):
+    asked = backends.explicit()
+    backend = _backend(cell, x.dtype, time, batch, inputs, hidden, num_layers, training, needs_grad, asked)
+    if backend == "aten":
+        hx = states if cell == "lstm" else states[0]
+        return aten.stack(mode, x, hx, weights, bias, num_layers, 0.0, training, bidirectional, None, needs_grad)
+    if backend != "cpu":
         return None
     by_slot = (states,) if slots == 1 else tuple(zip(*(state.split(1) for state in states)))
     forward, ends, outputs = _kernel(f"{cell}_forward"), [], []
@@ -185,7 +206,7 @@ class _Layer(torch.autograd.Function):
         given, kept = saved[:inputs], saved[inputs:]
         if given[0].dim() == 2:  # y and h are one: all of the gradient comes by way of h
             grads = (torch.zeros_like(grads[0]), *grads)
-        if torch.is_grad_enabled() or _surrounded():
+        if torch.is_grad_enabled() or _surrounded() or backends.explicit() not in (None, "cpu"):
             results = _registered_backward(cell, grads, given, ctx.tail, kept)
         else:
             results = _kernel(f"{cell}_backward")(*grads, *given, *ctx.tail, *kept)

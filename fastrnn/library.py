@@ -79,7 +79,12 @@ def run(op: str, args: Sequence) -> tuple[Tensor, ...]:
 def run_sample(*args) -> tuple[Tensor, ...]:
     logits = args[0]
     batch, vocabulary = logits.shape
-    return backends.pick(Call("sample", logits.device.type, logits.dtype, 1, batch, 0, vocabulary))(*args)
+    return backends.pick(_sample_call(logits.device.type, logits.dtype, batch, vocabulary))(*args)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sample_call(device: str, dtype: torch.dtype, batch: int, vocabulary: int) -> Call:
+    return Call("sample", device, dtype, 1, batch, 0, vocabulary)
 
 
 # --- fakes ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .backends import Call
 from .library import ARGUMENTS, GATES, cast, run_sample
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "privateuseone")
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int))
 _AUTOCAST = frozenset(device for device in _DEVICES if torch.amp.is_autocast_available(device))
 
 
@@ -69,11 +70,9 @@ def transform() -> str:
 
 def _plain(args: Sequence) -> bool:
     """Whether the arguments are ordinary tensors outside every mode, so that the dispatcher has nothing to add."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(a) in (Tensor, torch.nn.Parameter) for a in args if isinstance(a, Tensor))
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not any(type(a) not in _ORDINARY and isinstance(a, Tensor) for a in args)
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -170,11 +170,18 @@ _PARAMETERS = {
     "seed": (functools.partial(_bits, name="seed"), torch.int64),
     "sequence": (functools.partial(_bits, name="sequence"), torch.int64), "step": (_step, torch.int64),
 }  # fmt: skip
+_SELDOM = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
-@functools.lru_cache(maxsize=128)
-def _cached_rows(name: str, value: float, kind: type, rows: int, device: torch.device) -> Tensor:
-    return _rows(name, value, rows, device, *_PARAMETERS[name])
+@functools.lru_cache(maxsize=128, typed=True)
+def _cached_columns(rows: int, device: torch.device, *numbers: float) -> tuple[Tensor, ...]:
+    """`_columns` of parameters that are one number each; `typed`, for True and 1.0 are no top_k."""
+    return tuple(_rows(name, value, rows, device, *_PARAMETERS[name]) for name, value in zip(_SELDOM, numbers))
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_zeros(rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(rows, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=32)
@@ -188,14 +195,19 @@ def _may_keep(rows: int) -> bool:
 
 
 def _parameter(name: str, value: object, rows: int, device: torch.device) -> Tensor:
-    """The (rows,) column of a parameter; that of a single number is kept, except for step, which changes each call."""
-    if type(value) in (int, float) and name != "step" and _may_keep(rows):
-        return _cached_rows(name, value, type(value), rows, device)
+    """The (rows,) column of a parameter."""
     convert, dtype = _PARAMETERS[name]
     integers = name in ("seed", "sequence", "step")
     if integers and isinstance(value, Tensor) and value.dtype == torch.int64 and value.shape == (rows,):
         return value.to(device).contiguous()  # any 64 bits are right, so that nothing needs to leave a GPU
     return _rows(name, value, rows, device, convert, dtype)
+
+
+def _columns(rows: int, device: torch.device, keep: bool, *values: object) -> tuple[Tensor, ...]:
+    """The columns of the parameters `_SELDOM`, which most callers leave from call to call; kept if each is a number."""
+    if keep and all(type(value) in (int, float) for value in values):
+        return _cached_columns(rows, device, *values)
+    return tuple(_parameter(name, value, rows, device) for name, value in zip(_SELDOM, values))
 
 
 def _check_logits(logits: Tensor, mask: Tensor | None) -> None:
@@ -253,31 +265,31 @@ def sample(
     """
     _check_logits(logits, mask)
     check_mode_of(mode_of)
-    table = logits.detach()
-    table = (table if logits.dim() == 2 else table[None]).to(torch.float32).contiguous()
+    table = logits if logits.dim() == 2 else logits[None]
+    if table.dtype != torch.float32:
+        table = table.detach().to(torch.float32)
     rows, device = table.shape[0], table.device
+    keep = _may_keep(rows)
     if sequence is None:
-        sequence = _cached_range(rows, device) if _may_keep(rows) else torch.arange(rows, device=device)
+        sequence = _cached_range(rows, device) if keep else torch.arange(rows, device=device)
     elif not (rows == 1 or hasattr(sequence, "__len__") or isinstance(sequence, Tensor)):
         raise ValueError(f"sample: sequence must have one id for each of the {rows} rows, got {sequence!r}")
+    else:
+        sequence = _parameter("sequence", sequence, rows, device)
     if mask is not None:
         mask = mask.to(device).reshape(-1, table.shape[1]).contiguous()
+    *columns, seeds = _columns(rows, device, keep, temperature, top_k, top_p, min_p, seed)
+    if keep and step == 0 and type(step) is int:
+        steps = _cached_zeros(rows, device, torch.int64)
+    else:
+        steps = _parameter("step", step, rows, device)
     token, logprob, tempered, margin, status = ops.sample(
-        table,
-        _parameter("temperature", temperature, rows, device),
-        _parameter("top_k", top_k, rows, device),
-        _parameter("top_p", top_p, rows, device),
-        _parameter("min_p", min_p, rows, device),
-        mask,
-        _parameter("seed", seed, rows, device),
-        _parameter("sequence", sequence, rows, device),
-        _parameter("step", step, rows, device),
-        int(mode_of),
-        return_details,
+        table, *columns, mask, seeds, sequence, steps, int(mode_of), return_details
     )
     if return_details:
         parts = (token.masked_fill(status != 0, -1), logprob, tempered, margin, status)
         return Draw(*(parts if logits.dim() == 2 else (part[0] for part in parts)))
-    if any(status.tolist()) if rows <= 64 else bool(status.any()):
+    fine = torch.equal(status, _cached_zeros(rows, device, torch.int32)) if keep else not bool(status.any())
+    if not fine:
         raise ValueError(_refusal(status))
     return token if logits.dim() == 2 else token[0]

@@ -163,6 +163,94 @@ def test_cpp_equals_reference(isa, vocabulary):
                 assert bool(torch.stack(cpp[1:4])[:, 5:11].isnan().all())
 
 
+EDGES = (1, 2, 15, 16, 17, 64, 65, 255, 256, 257, 999, 4097, 50257)
+SCALES = (1e-3, 0.1, 1.0, 1.8, 30.0, 1e3)
+
+
+@functools.cache
+def plain_case(vocabulary: int):
+    """Rows without filters at each of `SCALES`: random ones with ties, then the edges that a row can have; their
+    logits are the first columns of a wider table, whose other columns hold NaN. And the reference's draws."""
+    generator = torch.Generator().manual_seed(1000 + vocabulary)
+    rows = max(9, min(120, 60_000 // vocabulary))
+    table = torch.full((rows + 11, vocabulary + 7), math.nan)
+    x = table[:, :vocabulary]
+    x[:rows] = random_logits(rows, vocabulary, generator)
+    x[rows:] = torch.randn(11, vocabulary, generator=generator)
+    last = vocabulary - 1
+    edges = x[rows:]
+    edges[0, last], edges[1, last], edges[2, 0] = math.nan, math.inf, -math.nan
+    edges[3], edges[4], edges[5] = -math.inf, -0.0, 3.4e38
+    edges[6, : max(1, last)] = -math.inf  # one token, in the last place, unless it is the only one
+    edges[7, 0], edges[7, last] = math.inf, math.nan
+    edges[8, ::2], edges[8, 1::2] = -3.4e38, 3.4e38
+    edges[9, ::2], edges[9, 1::2] = 1e-45, -1e-45
+    edges[10] -= 80 * (torch.arange(vocabulary) // definition.TILE == 0)
+    columns = plain_columns(len(x) * len(SCALES), seed=2**63 - 7, step=2**32 - 1)
+    columns["scale"] = torch.tensor(SCALES).repeat(len(x))
+    x = table.repeat_interleave(len(SCALES), 0)[:, :vocabulary]
+    mask = torch.rand(len(x), vocabulary, generator=generator) < 0.5
+    expected = {
+        (masked, logprobs): draw("reference", x, columns, mask if masked else None, logprobs=logprobs)
+        for masked in (False, True)
+        for logprobs in (False, True)
+    }
+    return x, columns, mask, expected
+
+
+@pytest.mark.parametrize("vocabulary", EDGES)
+def test_plain_draws_equal_reference(isa, vocabulary):
+    """The way of a plain draw and the general one, from rows that are not side by side in memory."""
+    x, columns, mask, expected = plain_case(vocabulary)
+    assert x.stride() == (vocabulary + 7, 1)
+    for (masked, logprobs), tensors in expected.items():
+        found = draw("cpu", x, columns, mask if masked else None, logprobs=logprobs)
+        draws.assert_same(found, tensors, f"V={vocabulary} masked={masked} logprobs={logprobs}")
+    edges = expected[False, False][4][-11 * len(SCALES) :].view(11, len(SCALES))
+    assert edges[:4, 0].tolist() == [1, 2, 1, 3]
+    assert bool((edges == edges[:, :1]).all())
+    assert edges[4:6, 0].tolist() == [0, 0]
+    assert int(edges[7, 0]) == 1, "NaN comes before +inf"
+
+
+def test_rows_of_one_batch_need_not_be_alike(isa):
+    """Plain, greedy, filtered and refused rows side by side, in every place of a group of rows drawn together."""
+    generator = torch.Generator().manual_seed(12)
+    for vocabulary in (65, 700):
+        x, columns = random_logits(200, vocabulary, generator), random_columns(200, generator, filters=False)
+        columns["top_k"][torch.rand(200, generator=generator) < 0.1] = 3
+        columns["min_p"][torch.rand(200, generator=generator) < 0.05] = -1.0
+        x[torch.rand(200, generator=generator) < 0.05, 1] = math.nan
+        expected = draw("reference", x, columns, logprobs=False)
+        assert set(expected[4].tolist()) == {0, 1, 4}
+        for rows in (1, 7, 8, 9, 200):
+            part = {name: column[:rows] for name, column in columns.items()}
+            draws.assert_same(draw("cpu", x[:rows], part, logprobs=False), tuple(t[:rows] for t in expected))
+
+
+@pytest.mark.parametrize("votes", [2, 8, 9, 80])
+def test_votes_equal_reference(isa, votes):
+    generator = torch.Generator().manual_seed(votes)
+    for vocabulary in (17, 256, 3000):
+        x, columns = random_logits(12, vocabulary, generator), random_columns(12, generator, filters=True)
+        for logprobs in (False, True):
+            expected = draw("reference", x, columns, None, votes, logprobs)
+            draws.assert_same(draw("cpu", x, columns, None, votes, logprobs), expected, f"V={vocabulary}")
+
+
+@pytest.mark.parametrize("vocabulary", [40, 1500, 9000])
+def test_filters_equal_reference(isa, vocabulary):
+    """Selections among few and many candidates: every size of top_k relative to the vocabulary, top_p without it."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    sizes = [1, 2, 16, 17, 39, 40, 100, 500, vocabulary - 1, vocabulary, vocabulary + 1]
+    x = random_logits(2 * len(sizes), vocabulary, generator)
+    columns = random_columns(len(x), generator, filters=True)
+    columns["scale"].fill_(1.3)
+    columns["top_k"] = torch.tensor(sizes + [0] * len(sizes))
+    expected = draw("reference", x, columns)
+    draws.assert_same(draw("cpu", x, columns), expected, f"V={vocabulary}")
+
+
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("vocabulary", "rows"), [(5, 1_000_000), (65, 30_000), (300, 4_000)])
