@@ -107,20 +107,21 @@ static FR_INLINE Words scan(Words w) {
   return _mm512_add_epi64(w, _mm512_alignr_epi64(w, no_words(), 4));
 }
 
+// In turn for each of the four pairs of lanes: the sum of those of a, the sum of those of b.
+static FR_INLINE Words add_pairs(Words a, Words b) {
+  return _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+// The sums of quarters 0 and 1 of a, 2 and 3 of a, and the same of b.
+static FR_INLINE Words add_quarters(Words a, Words b) {
+  return _mm512_add_epi64(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+}
+
 // Lane i of the result is the sum over the lanes of w[i].
 static FR_INLINE Words sums_of_eight(const Words* w) {
-  Words pairs[4], quads[2];
-  for (int i = 0; i < 4; ++i)
-    pairs[i] =
-        _mm512_add_epi64(_mm512_unpacklo_epi64(w[2 * i], w[2 * i + 1]), _mm512_unpackhi_epi64(w[2 * i], w[2 * i + 1]));
-  for (int i = 0; i < 2; ++i) {  // lanes of pairs[i]: 2i and 2i + 1, four times
-    const Words low = _mm512_shuffle_i64x2(pairs[2 * i], pairs[2 * i + 1], 0x88);
-    const Words high = _mm512_shuffle_i64x2(pairs[2 * i], pairs[2 * i + 1], 0xdd);
-    quads[i] = _mm512_add_epi64(low, high);
-  }
-  const Words low = _mm512_shuffle_i64x2(quads[0], quads[1], 0x88);
-  const Words high = _mm512_shuffle_i64x2(quads[0], quads[1], 0xdd);
-  return _mm512_add_epi64(low, high);
+  const Words low = add_quarters(add_pairs(w[0], w[1]), add_pairs(w[2], w[3]));
+  const Words high = add_quarters(add_pairs(w[4], w[5]), add_pairs(w[6], w[7]));
+  return add_quarters(low, high);
 }
 
 // U_t of eight tiles, whose shift is clamped as in sampling.h because U_t starts from more bits.
