@@ -30,11 +30,16 @@ Tensor empty(int64_t dims, const int64_t* sizes, ScalarType dtype) {
   int64_t strides[3];
   for (int64_t d = dims, stride = 1; d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
+                                                         dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
+                                                         : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                                                         : aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
+
+template <class F> constexpr ScalarType dtype_of = std::is_same_v<F, float> ? ScalarType::Float : ScalarType::BFloat16;
+template <> constexpr ScalarType dtype_of<double> = ScalarType::Double;
 
 // One call of one op: its name, its sizes and the dense copies of strided arguments, alive until the kernel is done.
 template <class F> class Call {
@@ -43,9 +48,8 @@ template <class F> class Call {
   const char* h_from = "h0";  // the argument that H was read from, for messages
 
   Call(const char* op, const Tensor& x, const Tensor& h0) : op_(op) {
-    const ScalarType wanted = std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float;
-    if (x.scalar_type() != wanted)
-      fail("x must be float32 or float64, like every other argument, got " + dtype_name(x.scalar_type()));
+    if (x.scalar_type() != dtype_of<F>)
+      fail("x must be float32, float64 or bfloat16, like every other argument, got " + dtype_name(x.scalar_type()));
     steps_ = x.dim() == 3, slice_ = h0.dim() == 3 && h0.size(0) == 1;
     if (!steps_ && x.dim() != 2) fail("x must be (T, B, I), got " + shape_of(x));
     if (!slice_ && h0.dim() != 2) fail("h0 must be (B, H), got " + shape_of(h0));
@@ -57,8 +61,7 @@ template <class F> class Call {
 
   // The data of an argument after checking its dtype, device and shape.
   const F* want(const char* name, const Tensor& t, Dims dims) {
-    return static_cast<const F*>(
-        data(name, t, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float, dims));
+    return static_cast<const F*>(data(name, t, dtype_of<F>, dims));
   }
   const F* want(const char* name, const MaybeTensor& t, Dims dims) { return t ? want(name, *t, dims) : nullptr; }
   const int64_t* want_lengths(const MaybeTensor& t) {
@@ -73,14 +76,13 @@ template <class F> class Call {
   const bool* want_reset(const MaybeTensor& t) {
     return t ? static_cast<const bool*>(data("reset", *t, ScalarType::Bool, {"T", "B"})) : nullptr;
   }
-
   // A new result, uninitialised, and its data.
   Tensor result(Dims dims, F** data) const {
     int64_t sizes[3];
     int64_t n = 0;
     for (const char* dim : dims)
       if (has(dim)) sizes[n++] = size_of(dim);
-    Tensor t = empty(n, sizes, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float);
+    Tensor t = empty(n, sizes, dtype_of<F>);
     *data = static_cast<F*>(t.data_ptr());
     return t;
   }
@@ -296,15 +298,16 @@ Tensor rnn_step(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
   return hn;
 }
 
-// An op for both dtypes: float64 where the first argument is, else float32, which refuses every other dtype.
-template <auto F32, auto F64> struct ByDtype;
-template <class R, class... A, R (*F32)(Tensor, A...), R (*F64)(Tensor, A...)> struct ByDtype<F32, F64> {
+// An op for all dtypes: the first argument's, where float32 refuses every dtype that is not here.
+template <auto F32, auto F64, auto BF16> struct ByDtype;
+template <class R, class... A, R (*F32)(Tensor, A...), R (*F64)(Tensor, A...), R (*BF16)(Tensor, A...)>
+struct ByDtype<F32, F64, BF16> {
   static R call(Tensor first, A... rest) {
-    return first.scalar_type() == ScalarType::Double ? F64(std::move(first), std::move(rest)...)
-                                                     : F32(std::move(first), std::move(rest)...);
+    if (first.scalar_type() == ScalarType::Double) return F64(std::move(first), std::move(rest)...);
+    return (first.scalar_type() == ScalarType::BFloat16 ? BF16 : F32)(std::move(first), std::move(rest)...);
   }
 };
-#define FR_OP(op) m.impl(#op, TORCH_BOX((&ByDtype<&op<float>, &op<double>>::call)))
+#define FR_OP(op) m.impl(#op, TORCH_BOX((&ByDtype<&op<float>, &op<double>, &op<fr::bf16>>::call)))
 
 std::string isa() { return fr::cpu_isa(); }
 void set_isa(std::string name) { fr::set_cpu_isa(name.c_str()); }

@@ -1,8 +1,8 @@
 // The contract between the bindings, which know torch, and the kernels, which know raw pointers only.
 //
 // Letters: T time, B batch, I input, H hidden, P projection (P = H without one), G gates (LSTM 4, GRU 3, RNN 1).
-// Every tensor is dense, row-major and time-major; F is float or double, one for all tensors of a call. Sizes may be 0
-// except H and P. Gate order is PyTorch's: LSTM i f g o, GRU r z n.
+// Every tensor is dense, row-major and time-major; F is float, double or bf16, one for all tensors of a call. Sizes may
+// be 0 except H and P. Gate order is PyTorch's: LSTM i f g o, GRU r z n.
 //
 // Aliasing: inputs may alias each other; an output aliases nothing else of the call.
 // Outputs: every element is written, whatever the memory held before. Where a row is past its length (see `lengths`)
@@ -11,13 +11,20 @@
 // Determinism: forward, dx, dh0 and dc0 of a row depend on that row's inputs and the weights alone, bit for bit: not on
 // B, on the row's place, on T being split over calls or on the thread count. Weight gradients do not depend on the
 // thread count.
-// NaN and infinity propagate as the equations (cell_math.h) say; memory safety never depends on values.
+// bf16: sums and the cell state c are float; h is what y holds, rounded. A call returns c rounded, so an LSTM whose T
+// is split has other bits there. NaN and infinity propagate as the equations (cell_math.h) say; memory safety never
+// depends on values.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
 namespace fr {
+
+// A number's upper half of a float.
+struct bf16 {
+  uint16_t bits;
+};
 
 // How a kernel gets threads without knowing torch. run(n, task, ctx) calls task(begin, end, ctx) on ranges that cover
 // 0..n once each, on up to `threads` threads, and returns when all are done.

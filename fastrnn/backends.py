@@ -133,8 +133,8 @@ def _refuse_cpu(call: Call) -> str | None:
         return "a traced module is to load without fastrnn, so it records PyTorch's own operators"
     if call.transform and call.transform != "torch.compile":
         return f"the C++ kernels have no rule for {call.transform}; the reference has"
-    if call.op != "sample" and call.dtype not in (torch.float32, torch.float64):
-        return f"the C++ kernels take float32 and float64, not {str(call.dtype).removeprefix('torch.')}"
+    if call.op != "sample" and call.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"the C++ kernels take float32, float64 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
     return None
 
 

@@ -20,7 +20,7 @@ if missing is None:
     import fastrnn._C  # noqa: F401  registers torch.ops.fastrnn_cpu
 
 KINDS = ["lstm", "lstm-proj", "gru", "rnn-tanh", "rnn-relu"]
-DTYPES = [torch.float32, torch.float64]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 NEEDS = {"portable": "nothing", "avx2": "AVX2 and FMA", "avx512": "AVX-512 (F, BW, DQ, VL)", "amx": "AMX"}
 cpu = torch.ops.fastrnn_cpu
 
@@ -98,7 +98,7 @@ def everything(cell, a, gradients=None):
 def assert_same_bits(actual, expected, what):
     __tracebackhide__ = True
     assert actual.shape == expected.shape, what
-    as_bits = torch.int32 if actual.dtype == torch.float32 else torch.int64
+    as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     assert torch.equal(actual.contiguous().view(as_bits), expected.contiguous().view(as_bits)), what
 
 
@@ -141,7 +141,7 @@ def ulps(actual, exact):
     return np.abs(actual.astype(np.longdouble) - exact) / step
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tanh_and_sigmoid_keep_the_accuracy_that_cell_math_promises(dtype):
     size = np.concatenate([np.logspace(-30, 4, 4001), np.linspace(0, 100, 9001)])
     x = torch.from_numpy(np.concatenate([size, -size])).to(dtype)
@@ -160,9 +160,10 @@ def test_tanh_and_sigmoid_keep_the_accuracy_that_cell_math_promises(dtype):
     assert (np.abs(sigmoid[~normal]) <= 2 * np.finfo(sigmoid.dtype).tiny).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_its_batch(kind):
-    cell, a = forward_case(kind, time=6, batch=37, inputs=21, hidden=35, masked=True)
+def test_a_row_does_not_depend_on_its_batch(kind, dtype):
+    cell, a = forward_case(kind, dtype, time=6, batch=37, inputs=21, hidden=35, masked=True)
     gradients = with_gradients(cell, a)
     whole = everything(cell, a, gradients)
     row_results = [n for n in ("y", "hn", "cn", "gates", "cells", "dx", "dh0", "dc0") if n in whole]
@@ -199,9 +200,10 @@ def test_a_sequence_in_parts_is_the_sequence_at_once(kind, reverse):
         assert_same_bits(a[before], whole[after], after)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_change_nothing(kind):
-    cell, a = forward_case(kind, time=12, batch=19, inputs=40, hidden=70, masked=True)
+def test_threads_change_nothing(kind, dtype):
+    cell, a = forward_case(kind, dtype, time=12, batch=19, inputs=40, hidden=70, masked=True)
     gradients = with_gradients(cell, a)
     one = everything(cell, a, gradients)
     torch.set_num_threads(2)
@@ -250,9 +252,10 @@ def test_nothing_is_saved_unless_asked(kind):
             assert_same_bits(value, saved[name], name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_stays_in_its_row(kind):
-    cell, a = forward_case(kind, batch=4, hidden=6)
+def test_nan_stays_in_its_row(kind, dtype):
+    cell, a = forward_case(kind, dtype, batch=4, hidden=6)
     clean = call(f"{cell}_forward", a)
     a["x"][2, 1, 3] = float("nan")
     dirty = call(f"{cell}_forward", a)
@@ -265,9 +268,10 @@ def test_nan_stays_in_its_row(kind):
     assert call(f"{cell}_forward", a)["y"].shape == clean["y"].shape  # any value, no crash
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_lies_beyond_a_length_does_not_matter(kind):
-    cell, a = forward_case(kind, batch=5, masked=True)
+def test_what_lies_beyond_a_length_does_not_matter(kind, dtype):
+    cell, a = forward_case(kind, dtype, batch=5, masked=True)
     gradients = with_gradients(cell, a)
     clean = everything(cell, a, gradients)
     beyond = torch.arange(a["x"].shape[0]).unsqueeze(-1) >= a["lengths"]
@@ -314,7 +318,7 @@ def test_messages_of_other_arguments():
     with pytest.raises(RuntimeError, match="rnn_forward: nonlinearity must be 'tanh' or 'relu', got 'sine'"):
         call("rnn_forward", a | {"nonlinearity": "sine"})
     _, a = forward_case("gru", dtype=torch.float16)
-    with pytest.raises(RuntimeError, match=r"gru_forward: x must be float32 or float64.*got float16"):
+    with pytest.raises(RuntimeError, match=r"gru_forward: x must be float32, float64 or bfloat16.*got float16"):
         call("gru_forward", a)
 
 

@@ -12,22 +12,22 @@ constexpr int64_t outer_block = 256;
 
 // dw (M, N) += g^T a and db (M,) += the column sums of g, where it is wanted: g (K, M) with row stride ldg; row k of a
 // is at a[k], or is 0 where that is null.
-template <class F> struct OuterSum {
+template <class S> struct OuterSum {
   int64_t N, K;
-  const F* g;
+  const S* g;
   int64_t ldg;
-  const F* const* a;
-  F* dw;
-  F* db;
+  const S* const* a;
+  Real<S>* dw;
+  Real<S>* db;
 };
 
-// Owns:   an MR x (NV vectors) tile of dw.
+// Owns:   an MR x (NV vectors) tile of dw, of which m_valid rows and n_valid columns exist.
 // Keeps:  MR * NV accumulator vectors over one block of k.
-// Moves:  a block of a, copied into `panel` beforehand, and MR neighbours of g for each k.
+// Moves:  a block of g and one of a, both packed beforehand: MR elements and NV vectors for each k.
 // Syncs:  nothing.
 // Limits: none.
 template <class F, int MR, int NV>
-static void outer_tile(const F* g, int64_t ldg, const F* panel, int64_t K, F* c, int64_t ldc, int64_t n_valid) {
+static void outer_tile(const F* g, const F* a, int64_t K, F* dw, int64_t ld, int64_t m_valid, int64_t n_valid) {
   using V = Vec<F>;
   V acc[MR][NV];
 #pragma GCC unroll 8
@@ -35,54 +35,59 @@ static void outer_tile(const F* g, int64_t ldg, const F* panel, int64_t K, F* c,
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) acc[m][n] = V(0);
   for (int64_t k = 0; k < K; ++k) {
-    V wv[NV];
+    V av[NV];
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) wv[n] = V::load(panel + (k * NV + n) * V::width);
+    for (int n = 0; n < NV; ++n) av[n] = V::load(a + (k * NV + n) * V::width);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const V gv(g[k * ldg + m]);
+      const V gv(g[k * MR + m]);
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) acc[m][n] = fma(gv, wv[n], acc[m][n]);
+      for (int n = 0; n < NV; ++n) acc[m][n] = fma(gv, av[n], acc[m][n]);
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < MR; ++m) {
+    if (m >= m_valid) break;
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) {
-      F* p = c + m * ldc + n * V::width;
+      F* p = dw + m * ld + n * V::width;
       const int64_t left = n_valid - n * V::width;
       if (left > 0) (V::load(p, left) + acc[m][n]).store(p, left);
     }
+  }
 }
 
-// The rows m0 .. m1 of dw, by tiles.
-template <class F> static void outer_sum_tiled(const OuterSum<F>& s, int64_t m0, int64_t m1) {
+// The rows m0 .. m1 of dw, by tiles. Rows of g may be read up to a vector beyond their end.
+template <class S> static void outer_sum_tiled(const OuterSum<S>& s, int64_t m0, int64_t m1) {
+  using F = Real<S>;
   using V = Vec<F>;
   constexpr int MR = FR_VEC_BYTES == 64 ? 6 : 4, NV = FR_VEC_BYTES == 64 ? 4 : 2;
   constexpr int64_t NR = NV * V::width;
-  alignas(64) F panel[outer_block * NR];
-  for (int64_t k0 = 0; k0 < s.K; k0 += outer_block) {
-    const int64_t count = k0 + outer_block < s.K ? outer_block : s.K - k0;
+  const int64_t tiles = (m1 - m0 + MR - 1) / MR, block = s.K < outer_block ? s.K : outer_block;
+  const Scratch<F> a_block(block * NR), g_block(tiles * block * MR + V::width);
+  for (int64_t k0 = 0; k0 < s.K; k0 += block) {
+    const int64_t count = k0 + block < s.K ? block : s.K - k0;
+    for (int64_t tile = 0; tile < tiles; ++tile)  // each store's end is overwritten by the next
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t m = 0; m < MR; m += V::width)
+          load(s.g + (k0 + k) * s.ldg + m0 + tile * MR + m).store(g_block.get() + (tile * count + k) * MR + m);
     for (int64_t n0 = 0; n0 < s.N; n0 += NR) {
       for (int64_t k = 0; k < count; ++k)
         for (int64_t n = 0; n < NR; n += V::width) {
-          const F* row = s.a[k0 + k];
+          const S* row = s.a[k0 + k];
           const int64_t left = s.N - n0 - n;
-          (row && left > 0 ? V::load(row + n0 + n, left) : V(0)).store(panel + k * NR + n);
+          (row && left > 0 ? load(row + n0 + n, left) : V(0)).store(a_block.get() + k * NR + n);
         }
-      const F* g = s.g + k0 * s.ldg;
-      F* c = s.dw + n0;
-      int64_t m = m0;
-      for (; m + MR <= m1; m += MR) outer_tile<F, MR, NV>(g + m, s.ldg, panel, count, c + m * s.N, s.N, s.N - n0);
-      if (m + 2 <= m1 && MR > 4) outer_tile<F, 2, NV>(g + m, s.ldg, panel, count, c + m * s.N, s.N, s.N - n0), m += 2;
-      if (m + 2 <= m1) outer_tile<F, 2, NV>(g + m, s.ldg, panel, count, c + m * s.N, s.N, s.N - n0), m += 2;
-      if (m < m1) outer_tile<F, 1, NV>(g + m, s.ldg, panel, count, c + m * s.N, s.N, s.N - n0);
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        outer_tile<F, MR, NV>(g_block.get() + tile * count * MR, a_block.get(), count,
+                              s.dw + (m0 + tile * MR) * s.N + n0, s.N, m1 - m0 - tile * MR, s.N - n0);
     }
   }
 }
 
 // The same where a has few columns: vectors run along m instead, one column at a time.
-template <class F> static void outer_sum_narrow(const OuterSum<F>& s, int64_t m0, int64_t m1) {
+template <class S> static void outer_sum_narrow(const OuterSum<S>& s, int64_t m0, int64_t m1) {
+  using F = Real<S>;
   using V = Vec<F>;
   constexpr int NV = 4;
   alignas(64) F sums[NV * V::width];
@@ -92,11 +97,11 @@ template <class F> static void outer_sum_narrow(const OuterSum<F>& s, int64_t m0
       for (int v = 0; v < NV; ++v) acc[v] = V(0);
       for (int64_t k = 0; k < s.K; ++k) {
         if (!s.a[k]) continue;
-        const V x(s.a[k][n]);
+        const V x(widen(s.a[k][n]));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           const int64_t left = m1 - m - v * V::width;
-          if (left > 0) acc[v] = fma(x, V::load(s.g + k * s.ldg + m + v * V::width, left), acc[v]);
+          if (left > 0) acc[v] = fma(x, load(s.g + k * s.ldg + m + v * V::width, left), acc[v]);
         }
       }
       for (int v = 0; v < NV; ++v) acc[v].store(sums + v * V::width);
@@ -105,13 +110,13 @@ template <class F> static void outer_sum_narrow(const OuterSum<F>& s, int64_t m0
 }
 
 // sums[n] += sum_m g[m][n] of g (M, N) with row stride ldg.
-template <class F> static void column_sums(int64_t M, int64_t N, const F* g, int64_t ldg, F* sums) {
-  using V = Vec<F>;
+template <class S> static void column_sums(int64_t M, int64_t N, const S* g, int64_t ldg, Real<S>* sums) {
+  using V = Vec<Real<S>>;
   for (int64_t n = 0; n < N; n += V::width) {
     V total = V::load(sums + n, N - n);
     for (int64_t m0 = 0; m0 < M; m0 += outer_block) {
       V sum(0);
-      for (int64_t m = m0; m < M && m < m0 + outer_block; ++m) sum = sum + V::load(g + m * ldg + n, N - n);
+      for (int64_t m = m0; m < M && m < m0 + outer_block; ++m) sum = sum + load(g + m * ldg + n, N - n);
       total = total + sum;
     }
     total.store(sums + n, N - n);

@@ -23,44 +23,45 @@ namespace FR_ISA {
 // Moves:  a panel of w_hh, h of its rows, gx.
 // Syncs:  nothing.
 // Limits: none.
-template <class F> struct GruTile {
-  const GruForward<F>& call;
-  const CellWeights<F, 3>& w;
-  const Step<F>& step;
+template <class S> struct GruTile {
+  const GruForward<S>& call;
+  const CellWeights<S, 3>& w;
+  const Step<S>& step;
   template <int MR> void run(int64_t p, int64_t m) const {
-    using V = Vec<F>;
+    using V = Vec<Real<S>>;
     const int64_t H = call.in.H, j = p * V::width, n = H - j;
     V acc[MR][3];
-    const F* h[MR];
+    const S* h[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const F* gx = step.gx + p * step.panel_stride + step.place[m + i] * 3 * V::width;
+      const Real<S>* gx = step.gx + p * step.panel_stride + step.place[m + i] * 3 * V::width;
       h[i] = step.h[m + i];
-      acc[i][0] = V::load(gx), acc[i][1] = V::load(gx + V::width), acc[i][2] = V::load(w.bias_n.get() + j);
+      acc[i][0] = load(gx), acc[i][1] = load(gx + V::width), acc[i][2] = load(w.bias_n.get() + j);
     }
-    panel_product<F, MR, 1, 3>(w.w_hh.get() + p * H * 3 * V::width, 0, h, H, acc);
+    panel_product<Real<S>, MR, 1, 3>(w.w_hh.get() + p * H * 3 * V::width, 0, h, H, acc,
+                                     next_panel<Real<S>, MR, 3>(w.w_hh.get(), w.panels, H, p, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const F* xn = step.gx + p * step.panel_stride + (step.place[m + i] * 3 + 2) * V::width;
+      const Real<S>* xn = step.gx + p * step.panel_stride + (step.place[m + i] * 3 + 2) * V::width;
       const V q = acc[i][2];
-      const GruStep<V> s = gru_step(acc[i][0], acc[i][1], V::load(xn), q, V::load(h[i] + j, n));
+      const GruStep<V> s = gru_step(acc[i][0], acc[i][1], load(xn), q, load(h[i] + j, n));
       const int64_t at = step.t * call.in.B + step.b[m + i];
-      s.h.store(call.y + at * H + j, n);
+      store(s.h, call.y + at * H + j, n);
       if (!call.gates) continue;
-      F* gates = call.gates + at * 4 * H + j;
-      s.r.store(gates, n);
-      s.z.store(gates + H, n);
-      s.n.store(gates + 2 * H, n);
-      q.store(gates + 3 * H, n);
+      S* gates = call.gates + at * 4 * H + j;
+      store(s.r, gates, n);
+      store(s.z, gates + H, n);
+      store(s.n, gates + 2 * H, n);
+      store(q, gates + 3 * H, n);
     }
   }
 };
 
 // What forward_block needs of the cell.
-template <class F> struct GruSteps {
-  const GruForward<F>& call;
-  const CellWeights<F, 3>& w;
-  void step(const Step<F>& s) const { each_tile<3>(w.panels, s.count, GruTile<F>{call, w, s}); }
+template <class S> struct GruSteps {
+  const GruForward<S>& call;
+  const CellWeights<S, 3>& w;
+  void step(const Step<S>& s) const { each_tile<3>(w.panels, s.count, GruTile<S>{call, w, s}); }
   void skip(int64_t t, int64_t b) const {
     const int64_t at = t * call.in.B + b, H = call.in.H;
     zero(call.y + at * H, H);
@@ -68,35 +69,37 @@ template <class F> struct GruSteps {
   }
 };
 
-template <class F> static void gru_forward(const GruForward<F>& call) {
-  const Sequence<F>& q = call.in;
-  const CellWeights<F, 3> w(q);
+template <class S> static void gru_forward(const GruForward<S>& call) {
+  const Sequence<S>& q = call.in;
+  const CellWeights<S, 3> w(q);
   split(q.pool, q.B, q.T * q.B * 3 * q.H * (q.I + q.H), [&](int64_t b0, int64_t b1) {
-    forward_rows(w, b0, b1, call.y, GruSteps<F>{call, w});
+    forward_rows(w, b0, b1, call.y, GruSteps<S>{call, w});
     for (int64_t b = b0; b < b1; ++b) copy(last_state(q, b, q.h0, call.y, q.H), q.H, call.hn + b * q.H);
   });
 }
 
 // One row of one step backwards: dh (H,) reaches h and becomes the direct part of that of h'; dp (4H,) gets those of
 // n's input part, r, z and q, so that the parts of W_ih and of W_hh are neighbours each; h_prev may be null for 0.
-template <class F> static void gru_row_grad(int64_t H, const F* dy, F* dh, const F* gates, const F* h_prev, F* dp) {
-  using V = Vec<F>;
+template <class S>
+static void gru_row_grad(int64_t H, const S* dy, Real<S>* dh, const S* gates, const S* h_prev, S* dp) {
+  using V = Vec<Real<S>>;
   for (int64_t j = 0; j < H; j += V::width) {
     const int64_t n = H - j;
-    const GruStepGrad<V> d = gru_step_grad(V::load(dy + j, n) + V::load(dh + j, n), V::load(gates + j, n),
-                                           V::load(gates + H + j, n), V::load(gates + 2 * H + j, n),
-                                           V::load(gates + 3 * H + j, n), h_prev ? V::load(h_prev + j, n) : V(0));
-    d.h_prev.store(dh + j, n);
-    d.pn.store(dp + j, n);
-    d.pr.store(dp + H + j, n);
-    d.pz.store(dp + 2 * H + j, n);
-    d.q.store(dp + 3 * H + j, n);
+    const GruStepGrad<V> d =
+        gru_step_grad(load(dy + j, n) + load(dh + j, n), load(gates + j, n), load(gates + H + j, n),
+                      load(gates + 2 * H + j, n), load(gates + 3 * H + j, n), h_prev ? load(h_prev + j, n) : V(0));
+    store(d.h_prev, dh + j, n);
+    store(d.pn, dp + j, n);
+    store(d.pr, dp + H + j, n);
+    store(d.pz, dp + 2 * H + j, n);
+    store(d.q, dp + 3 * H + j, n);
   }
 }
 
-template <class F> struct GruBackwardKernel {
-  const GruBackward<F>& call;
-  PackedMatrix<F> w_hh, w_ih;  // w_ih in the order n r z
+template <class S> struct GruBackwardKernel {
+  const GruBackward<S>& call;
+  Real<S>* dh0;                // the running gradient
+  PackedMatrix<S> w_hh, w_ih;  // w_ih in the order n r z
 };
 
 // Owns:   dh0 and the chunk's arrays of the rows b0 .. b1.
@@ -104,14 +107,14 @@ template <class F> struct GruBackwardKernel {
 // Moves:  a step reads w_hh and rows * (4H gates + 3H), writes rows * 5H.
 // Syncs:  nothing: rows do not meet.
 // Limits: none beyond kernels.h.
-template <class F>
-static void gru_backward_steps(const GruBackwardKernel<F>& k, const Chunk<F>& c, int64_t b0, int64_t b1) {
-  const GruBackward<F>& call = k.call;
-  const Sequence<F>& q = call.in;
+template <class S>
+static void gru_backward_steps(const GruBackwardKernel<S>& k, const Chunk<S>& c, int64_t b0, int64_t b1) {
+  const GruBackward<S>& call = k.call;
+  const Sequence<S>& q = call.in;
   const int64_t rows = b1 - b0, H = q.H;
-  const Scratch<F> through_w(rows * H);
-  const Scratch<const F*> a(rows);
-  const Scratch<F*> out(rows);
+  const Scratch<Real<S>> through_w(rows * H);
+  const Scratch<const S*> a(rows);
+  const Scratch<Real<S>*> out(rows);
   const Scratch<int64_t> b_of(rows);
   for (int64_t s = c.s1 - 1; s >= c.s0; --s) {
     const int64_t t = time_of(q, s);
@@ -119,39 +122,39 @@ static void gru_backward_steps(const GruBackwardKernel<F>& k, const Chunk<F>& c,
     for (int64_t b = b0; b < b1; ++b) {
       if (!enter_row(q, c, s, b, call.y)) continue;
       const int64_t at = t * q.B + b, in_chunk = c.at(t, b, q.B);
-      F* dp = c.dp + in_chunk * c.ld;
-      gru_row_grad(H, call.dy + at * H, call.dh0 + b * H, call.gates + at * 4 * H, c.h[in_chunk], dp);
+      S* dp = c.dp + in_chunk * c.ld;
+      gru_row_grad(H, call.dy + at * H, k.dh0 + b * H, call.gates + at * 4 * H, c.h[in_chunk], dp);
       a.get()[count] = dp + H, out.get()[count] = through_w.get() + count * H, b_of.get()[count++] = b;
     }
     k.w_hh.multiply(count, a.get(), out.get());
     for (int64_t i = 0; i < count; ++i) {
-      F *dh = call.dh0 + b_of.get()[i] * H, *part = through_w.get() + i * H;
+      Real<S>*dh = k.dh0 + b_of.get()[i] * H, *part = through_w.get() + i * H;
       for (int64_t j = 0; j < H; ++j) dh[j] += part[j];
     }
-    apply_reset(q, t, b0, b1, call.dh0, H);
+    apply_reset(q, t, b0, b1, k.dh0, H);
   }
 }
 
-template <class F> static void gru_backward(const GruBackward<F>& call) {
-  const Sequence<F>& q = call.in;
+template <class S> static void gru_backward(const GruBackward<S>& call) {
+  const Sequence<S>& q = call.in;
   const int64_t H = q.H, G = 3 * H;
-  copy(call.dhn, q.B * H, call.dh0);
-  zero(call.dw_ih, G * q.I), zero(call.dw_hh, G * H);
-  if (call.db_ih) zero(call.db_ih, G);
-  if (call.db_hh) zero(call.db_hh, G);
-  if (q.T == 0 || q.B == 0) return;
-  GruBackwardKernel<F> k{call, {G, H}, {G, q.I}};
+  const Accumulator<S> dh0(call.dh0, q.B * H), dw_ih(call.dw_ih, G * q.I), dw_hh(call.dw_hh, G * H),
+      db_ih(call.db_ih, G), db_hh(call.db_hh, G);
+  dh0.start(call.dhn);
+  for (const Accumulator<S>* sum : {&dw_ih, &dw_hh, &db_ih, &db_hh}) sum->start();
+  GruBackwardKernel<S> k{call, dh0.get(), {G, H}, {G, q.I}};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
   k.w_ih.pack_transposed(q.pool, q.w_ih, 2 * H);
-  F *db_ih = call.db_ih, *db_n = db_ih ? db_ih + 2 * H : nullptr;
+  Real<S>* db_n = call.db_ih ? db_ih.get() + 2 * H : nullptr;
   backward_chunks(
-      q, 4 * H, q.T * q.B * H * G, [&](const Chunk<F>& c, int64_t b0, int64_t b1) { gru_backward_steps(k, c, b0, b1); },
-      [&](const Chunk<F>& c) {
+      q, 4 * H, q.T * q.B * H * G, [&](const Chunk<S>& c, int64_t b0, int64_t b1) { gru_backward_steps(k, c, b0, b1); },
+      [&](const Chunk<S>& c) {
         input_grad(q, c, c.dp, k.w_ih, G, call.dx);
-        weight_grad<F>(q.pool, 2 * H, {q.I, c.rows, c.dp + H, c.ld, c.x, call.dw_ih, db_ih});
-        weight_grad<F>(q.pool, H, {q.I, c.rows, c.dp, c.ld, c.x, call.dw_ih + 2 * H * q.I, db_n});
-        weight_grad<F>(q.pool, G, {H, c.rows, c.dp + H, c.ld, c.h, call.dw_hh, call.db_hh});
+        weight_grad<S>(q.pool, 2 * H, {q.I, c.rows, c.dp + H, c.ld, c.x, dw_ih.get(), db_ih.get()});
+        weight_grad<S>(q.pool, H, {q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get() + 2 * H * q.I, db_n});
+        weight_grad<S>(q.pool, G, {H, c.rows, c.dp + H, c.ld, c.h, dw_hh.get(), db_hh.get()});
       });
+  for (const Accumulator<S>* result : {&dh0, &dw_ih, &dw_hh, &db_ih, &db_hh}) result->finish();
 }
 
 }  // namespace FR_ISA
@@ -165,7 +168,9 @@ template <class F> void gru_forward(const GruForward<F>& call) { FR_DISPATCH(gru
 template <class F> void gru_backward(const GruBackward<F>& call) { FR_DISPATCH(gru_backward<F>, call) }
 template void gru_forward(const GruForward<float>&);
 template void gru_forward(const GruForward<double>&);
+template void gru_forward(const GruForward<bf16>&);
 template void gru_backward(const GruBackward<float>&);
 template void gru_backward(const GruBackward<double>&);
+template void gru_backward(const GruBackward<bf16>&);
 }  // namespace fr
 #endif

@@ -15,22 +15,22 @@ FR_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 // Row `lane` of vector n of panel p is row_of(p, n, lane) of the matrix w (rows, K), or none where that is negative.
 // Packs the panels p0 .. p1 of `out`, which takes K * NV * width elements a panel.
-template <class F, class RowOf>
-static void pack_panels(const F* w, int64_t K, int64_t p0, int64_t p1, int64_t NV, RowOf row_of, F* out) {
-  using V = Vec<F>;
+template <class S, class RowOf>
+static void pack_panels(const S* w, int64_t K, int64_t p0, int64_t p1, int64_t NV, RowOf row_of, Real<S>* out) {
+  using V = Vec<Real<S>>;
   constexpr int64_t W = V::width;
   for (int64_t p = p0; p < p1; ++p)
     for (int64_t n = 0; n < NV; ++n) {
-      const F* rows[W];
+      const S* rows[W];
       for (int64_t lane = 0; lane < W; ++lane) {
         const int64_t row = row_of(p, n, lane);
         rows[lane] = row < 0 ? nullptr : w + row * K;
       }
-      F* to = out + (p * K * NV + n) * W;
+      Real<S>* to = out + (p * K * NV + n) * W;
       for (int64_t k = 0; k < K; k += W) {
         V block[W];
 #pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) block[lane] = rows[lane] ? V::load(rows[lane] + k, K - k) : V(0);
+        for (int lane = 0; lane < W; ++lane) block[lane] = rows[lane] ? load(rows[lane] + k, K - k) : V(0);
         transpose(block);
         const int64_t count = K - k < W ? K - k : W;
         if (count == W) {
@@ -42,23 +42,24 @@ static void pack_panels(const F* w, int64_t K, int64_t p0, int64_t p1, int64_t N
       }
     }
 }
-template <class F, class RowOf>
-static void pack_panels(const F* w, int64_t K, int64_t panels, int64_t NV, RowOf row_of, F* out) {
+template <class S, class RowOf>
+static void pack_panels(const S* w, int64_t K, int64_t panels, int64_t NV, RowOf row_of, Real<S>* out) {
   pack_panels(w, K, 0, panels, NV, row_of, out);
 }
 
 // The same for a matrix that is used as it lies: w (K, N), lane `lane` of vector n of panel p is column
 // (p * NV + n) * width + lane. Its rows are taken from row `first` on, in a circle.
-template <class F>
-static void pack_columns(const F* w, int64_t K, int64_t N, int64_t first, int64_t p0, int64_t p1, int64_t NV, F* out) {
-  using V = Vec<F>;
+template <class S>
+static void pack_columns(const S* w, int64_t K, int64_t N, int64_t first, int64_t p0, int64_t p1, int64_t NV,
+                         Real<S>* out) {
+  using V = Vec<Real<S>>;
   constexpr int64_t W = V::width;
   for (int64_t p = p0; p < p1; ++p)
     for (int64_t k = 0; k < K; ++k) {
-      const F* row = w + (k + first < K ? k + first : k + first - K) * N;
+      const S* row = w + (k + first < K ? k + first : k + first - K) * N;
       for (int64_t n = 0; n < NV; ++n) {
         const int64_t column = (p * NV + n) * W;
-        (column < N ? V::load(row + column, N - column) : V(0)).store(out + ((p * K + k) * NV + n) * W);
+        (column < N ? load(row + column, N - column) : V(0)).store(out + ((p * K + k) * NV + n) * W);
       }
     }
 }
@@ -73,18 +74,17 @@ FR_INLINE Vec<float> load_weights(const uint16_t* w) {
   return Vec<float>((RawOf<float>::Raw)(__builtin_convertvector(halves, Words) << 16));
 }
 
-// acc[m][n] += sum_k a[m][k] w[k][n] for PN panels of PV vectors each, panel_stride elements apart.
-// Owns:   an MR x (PN * PV vectors) tile of the product.
-// Keeps:  MR * PN * PV accumulator vectors; at most 24 of them fit the 32 registers of AVX-512, 9 the 16 of others.
-// Moves:  PN * PV vectors of w and MR elements of a for each k.
-// Syncs:  nothing.
-// Limits: none.
-// w is F, or uint16_t for bfloat16, widened as it is read.
-template <class F, int MR, int PN, int PV, class Weight>
-FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const F* const (&a)[MR], int64_t K,
-                             Vec<F> (&acc)[MR][PN * PV]) {
+// acc[m][n] += sum_k a[m][k] w[k][n] for PN panels of PV vectors each, panel_stride elements apart. Meanwhile a vector
+// for each k is asked for at `next`, which is where the caller will want weights soon. w is F, or uint16_t for
+// bfloat16, widened as it is read. Owns:   an MR x (PN * PV vectors) tile of the product. Keeps:  MR * PN * PV
+// accumulator vectors; at most 24 of them fit the 32 registers of AVX-512, 9 the 16 of others. Moves:  PN * PV vectors
+// of w and MR elements of a for each k. Syncs:  nothing. Limits: none.
+template <class F, int MR, int PN, int PV, class Weight, class S>
+FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* const (&a)[MR], int64_t K,
+                             Vec<F> (&acc)[MR][PN * PV], const Weight* next = nullptr) {
   using V = Vec<F>;
   constexpr int64_t ahead = 1024 / sizeof(Weight);  // few rows wait for w: ask for it early
+  if (!next) next = w;
   for (int64_t k = 0; k < K; ++k) {
     V wv[PN * PV];
 #pragma GCC unroll 8
@@ -93,14 +93,22 @@ FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const F* con
       if constexpr (MR <= 2) __builtin_prefetch(at + ahead);
       wv[n] = load_weights(at);
     }
+    if constexpr (MR > 2) __builtin_prefetch(next + k * V::width, 0, 2);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const V av(a[m][k]);
+      const V av(widen(a[m][k]));
 #pragma GCC unroll 8
       for (int n = 0; n < PN * PV; ++n) acc[m][n] = fma(av, wv[n], acc[m][n]);
     }
     w += PV * V::width;
   }
+}
+
+// What the tile at row m asks for: a share of the panel that comes after p, in a circle, or nothing.
+template <class F, int MR, int PV>
+FR_INLINE const F* next_panel(const F* w, int64_t panels, int64_t K, int64_t p, int64_t m) {
+  const int64_t share = m / MR;
+  return share < PV ? w + (((p + 1 < panels ? p + 1 : 0) * PV + share) * K) * Vec<F>::width : nullptr;
 }
 
 // Rows of a tile for panels of PV vectors: as many as the registers take.
@@ -125,28 +133,29 @@ template <int PV, class Tile> FR_INLINE void each_tile(int64_t panels, int64_t r
 }
 
 // out[m] (N,) = a[m] (K,) w for rows given by their addresses and w packed by panels of PV vectors.
-template <class F, int PV> struct RowProduct {
+template <class S, class O, int PV> struct RowProduct {
+  using F = Real<S>;
   const F* w;
-  int64_t K, N;
-  const F* const* a;
-  F* const* out;
+  int64_t K, N, panels;
+  const S* const* a;
+  O* const* out;
   template <int MR> FR_INLINE void run(int64_t p, int64_t m) const {
     using V = Vec<F>;
     V acc[MR][PV];
-    const F* rows[MR];
+    const S* rows[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       rows[i] = a[m + i];
 #pragma GCC unroll 8
       for (int n = 0; n < PV; ++n) acc[i][n] = V(0);
     }
-    panel_product<F, MR, 1, PV>(w + p * K * PV * V::width, 0, rows, K, acc);
+    panel_product<F, MR, 1, PV>(w + p * K * PV * V::width, 0, rows, K, acc, next_panel<F, MR, PV>(w, panels, K, p, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
       for (int n = 0; n < PV; ++n) {
         const int64_t column = (p * PV + n) * V::width;
-        if (column < N) acc[i][n].store(out[m + i] + column, N - column);
+        if (column < N) store(acc[i][n], out[m + i] + column, N - column);
       }
   }
 };

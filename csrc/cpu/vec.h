@@ -131,6 +131,60 @@ FR_INLINE Vec<double> pow2_of_low_bits(Vec<double> shifted) {
   return from_bits<double>((bits_of(shifted) + 1023) << 52);
 }
 
+// What is computed with where S is stored: S itself, or float for bf16. `load` and `store` convert; `widen` one
+// element.
+template <class S> struct RealOf {
+  using type = S;
+};
+template <> struct RealOf<bf16> {
+  using type = float;
+};
+template <class S> using Real = typename RealOf<S>::type;
+
+FR_INLINE float widen(bf16 a) {
+  const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+FR_INLINE float widen(float a) { return a; }
+FR_INLINE double widen(double a) { return a; }
+
+template <class F> FR_INLINE Vec<F> load(const F* p) { return Vec<F>::load(p); }
+template <class F> FR_INLINE Vec<F> load(const F* p, int64_t n) { return Vec<F>::load(p, n); }
+template <class F> FR_INLINE void store(Vec<F> a, F* p) { a.store(p); }
+template <class F> FR_INLINE void store(Vec<F> a, F* p, int64_t n) { a.store(p, n); }
+
+typedef uint16_t Halves __attribute__((vector_size(FR_VEC_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(FR_VEC_BYTES)));
+FR_INLINE Vec<float> load(const bf16* p) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(h, Words) << 16));
+}
+FR_INLINE Vec<float> load(const bf16* p, int64_t n) {
+  if (n >= Vec<float>::width) return load(p);
+  bf16 some[Vec<float>::width] = {};
+  __builtin_memcpy(some, p, static_cast<size_t>(n) * sizeof(bf16));
+  return load(some);
+}
+// To nearest, ties to even; NaN stays NaN.
+FR_INLINE void store(Vec<float> a, bf16* p) {
+#if FR_AMX
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)a.v);
+#else
+  const Words bits = (Words)a.v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Halves h = __builtin_convertvector((a.v == a.v ? rounded : (bits | 0x400000u)) >> 16, Halves);
+#endif
+  __builtin_memcpy(p, &h, sizeof h);
+}
+FR_INLINE void store(Vec<float> a, bf16* p, int64_t n) {
+  if (n >= Vec<float>::width) return store(a, p);
+  bf16 some[Vec<float>::width];
+  store(a, some);
+  __builtin_memcpy(p, some, static_cast<size_t>(n) * sizeof(bf16));
+}
+
 // Which lane of the two vectors a, b (numbered through, 0 .. 2W-1) goes to lane i of a shuffle's result.
 template <int W> struct LowHalves {  // a's low half, b's low half; Up: their high halves
   template <int Up> static constexpr int at(int i) { return (i < W / 2 ? i : W / 2 + i) + Up * (W / 2); }
