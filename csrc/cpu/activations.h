@@ -1,27 +1,21 @@
-// Numbers narrower than float, and which weight a lane of a panel stands for. Compiled once per instruction set, by
+// Rounding to bfloat16, and which weight a lane of a panel stands for. Compiled once per instruction set, by
 // each_isa.h.
 
 namespace fr {
 namespace FR_ISA {
 
 // The bfloat16 nearest to x, ties to even; NaN stays NaN.
-FR_INLINE uint16_t to_bfloat16(float x) {
+FR_INLINE bf16 to_bfloat16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-FR_INLINE float from_bfloat16(uint16_t b) {
-  const uint32_t bits = static_cast<uint32_t>(b) << 16;
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
+// The floats nearest to x that a bfloat16 holds.
 FR_INLINE Vec<float> nearest_bfloat16(Vec<float> x) {
-  const auto bits = bits_of(x);
-  const auto odd = (bits >> 16) & 1;
-  const Vec<float> near = from_bits<float>((bits + 0x7fff + odd) & -0x10000);
-  return Vec<float>(x.v == x.v ? near.v : x.v);
+  bf16 some[Vec<float>::width];
+  store(x, some);
+  return load(some);
 }
 
 // The row of a matrix (rows, K) that lane `lane` of vector n of panel p holds, or -1 beyond its end. With unit_gates

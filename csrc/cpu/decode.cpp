@@ -21,7 +21,7 @@ namespace FR_ISA {
 
 // The activations' element: the float itself, or the float nearest to it that a bfloat16 holds.
 FR_INLINE Vec<float> rounded(Vec<float> h, const float*) { return h; }
-FR_INLINE Vec<float> rounded(Vec<float> h, const uint16_t*) { return nearest_bfloat16(h); }
+FR_INLINE Vec<float> rounded(Vec<float> h, const bf16*) { return nearest_bfloat16(h); }
 
 // What the tiles of one panel share.
 template <class Weight> struct CellPanel {
@@ -223,7 +223,7 @@ static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, co
 
 template <class Weight> static void to_activations(const float* from, int64_t n, void* to) {
   for (int64_t i = 0; i < n; ++i)
-    static_cast<float*>(to)[i] = sizeof(Weight) == 4 ? from[i] : from_bfloat16(to_bfloat16(from[i]));
+    static_cast<float*>(to)[i] = sizeof(Weight) == 4 ? from[i] : widen(to_bfloat16(from[i]));
 }
 static void from_activations(const void* from, int64_t n, float* to) {
   __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
@@ -235,7 +235,7 @@ template <class Weight> static const DecoderKernels& float_kernels() {
   return kernels;
 }
 static const DecoderKernels& float_decoder(Precision precision) {
-  return precision == Precision::float32 ? float_kernels<float>() : float_kernels<uint16_t>();
+  return precision == Precision::float32 ? float_kernels<float>() : float_kernels<bf16>();
 }
 
 }  // namespace FR_ISA

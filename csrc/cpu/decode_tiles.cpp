@@ -289,7 +289,7 @@ template <class T> static void linear(const LinearJob& job, Part part) {
 }
 
 // One weight as the tiles hold it: scale is 127 / the largest of its row.
-static FR_INLINE void store_weight(float w, float, uint16_t* to) { *to = to_bfloat16(w); }
+static FR_INLINE void store_weight(float w, float, bf16* to) { *to = to_bfloat16(w); }
 static FR_INLINE void store_weight(float w, float scale, int8_t* to) {
   *to = static_cast<int8_t>(__builtin_rintf(w * scale));
 }
@@ -322,14 +322,14 @@ template <class T> static void to_activations(const float* from, int64_t n, void
       const float x = from[i] > 1.0f ? 1.0f : from[i] < -1.0f ? -1.0f : from[i];
       static_cast<int8_t*>(to)[i] = static_cast<int8_t>(__builtin_rintf(x * 127.0f));
     } else {
-      static_cast<uint16_t*>(to)[i] = to_bfloat16(from[i]);
+      static_cast<bf16*>(to)[i] = to_bfloat16(from[i]);
     }
   }
 }
 template <class T> static void from_activations(const void* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i)
     to[i] = T::is_int8 ? static_cast<float>(static_cast<const int8_t*>(from)[i]) / 127.0f
-                       : from_bfloat16(static_cast<const uint16_t*>(from)[i]);
+                       : widen(static_cast<const bf16*>(from)[i]);
 }
 
 template <class T> static const DecoderKernels& tile_kernels() {

@@ -45,7 +45,7 @@ struct NetworkWeights {
 // A matrix in panels of `vectors` vectors (panel.h), K of each row of activations wide.
 struct Panels {
   int64_t K = 0, count = 0, vectors = 0;
-  Memory weights;  // float, uint16_t (bfloat16) or int8_t
+  Memory weights;  // float, bf16 or int8_t
   Memory scale;    // int8: (count * vectors * W) what a sum of products is multiplied by
 };
 

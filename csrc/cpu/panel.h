@@ -64,16 +64,6 @@ static void pack_columns(const S* w, int64_t K, int64_t N, int64_t first, int64_
     }
 }
 
-FR_INLINE Vec<float> load_weights(const float* w) { return Vec<float>::load(w); }
-FR_INLINE Vec<double> load_weights(const double* w) { return Vec<double>::load(w); }
-FR_INLINE Vec<float> load_weights(const uint16_t* w) {
-  typedef uint16_t Halves __attribute__((vector_size(FR_VEC_BYTES / 2)));
-  typedef uint32_t Words __attribute__((vector_size(FR_VEC_BYTES)));
-  Halves halves;
-  __builtin_memcpy(&halves, w, sizeof halves);
-  return Vec<float>((RawOf<float>::Raw)(__builtin_convertvector(halves, Words) << 16));
-}
-
 // acc[m][n] += sum_k a[m][k] w[k][n] for PN panels of PV vectors each, panel_stride elements apart. Meanwhile a vector
 // for each k is asked for at `next`, which is where the caller will want weights soon. w is F, or uint16_t for
 // bfloat16, widened as it is read. Owns:   an MR x (PN * PV vectors) tile of the product. Keeps:  MR * PN * PV
@@ -91,7 +81,7 @@ FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* con
     for (int n = 0; n < PN * PV; ++n) {
       const Weight* at = w + (n / PV) * panel_stride + (n % PV) * V::width;
       if constexpr (MR <= 2) __builtin_prefetch(at + ahead);
-      wv[n] = load_weights(at);
+      wv[n] = load(at);
     }
     if constexpr (MR > 2) __builtin_prefetch(next + k * V::width, 0, 2);
 #pragma GCC unroll 8

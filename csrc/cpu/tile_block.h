@@ -12,7 +12,7 @@ constexpr int64_t kTileBytes = 1024, kTileRows = 16, kBlockRows = 32, kLanes = 1
 
 struct Bfloat16 {
   static constexpr bool is_int8 = false;
-  using Element = uint16_t;
+  using Element = bf16;
   static constexpr int64_t group = 2;  // of k that one lane of a tile holds side by side
 };
 struct Int8 {

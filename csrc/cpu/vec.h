@@ -155,12 +155,12 @@ template <class F> FR_INLINE Vec<F> load(const F* p, int64_t n) { return Vec<F>:
 template <class F> FR_INLINE void store(Vec<F> a, F* p) { a.store(p); }
 template <class F> FR_INLINE void store(Vec<F> a, F* p, int64_t n) { a.store(p, n); }
 
-typedef uint16_t Halves __attribute__((vector_size(FR_VEC_BYTES / 2)));
-typedef uint32_t Words __attribute__((vector_size(FR_VEC_BYTES)));
+typedef uint16_t HalfBits __attribute__((vector_size(FR_VEC_BYTES / 2)));
+typedef uint32_t WideBits __attribute__((vector_size(FR_VEC_BYTES)));
 FR_INLINE Vec<float> load(const bf16* p) {
-  Halves h;
+  HalfBits h;
   __builtin_memcpy(&h, p, sizeof h);
-  return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(h, Words) << 16));
+  return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(h, WideBits) << 16));
 }
 FR_INLINE Vec<float> load(const bf16* p, int64_t n) {
   if (n >= Vec<float>::width) return load(p);
@@ -173,8 +173,8 @@ FR_INLINE void store(Vec<float> a, bf16* p) {
 #if FR_AMX
   const __m256bh h = _mm512_cvtneps_pbh((__m512)a.v);
 #else
-  const Words bits = (Words)a.v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Halves h = __builtin_convertvector((a.v == a.v ? rounded : (bits | 0x400000u)) >> 16, Halves);
+  const WideBits bits = (WideBits)a.v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const HalfBits h = __builtin_convertvector((a.v == a.v ? rounded : (bits | 0x400000u)) >> 16, HalfBits);
 #endif
   __builtin_memcpy(p, &h, sizeof h);
 }
