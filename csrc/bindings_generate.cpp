@@ -1,28 +1,23 @@
 // Registers the generation loop as torch.ops.fastrnn_cpu.generator_*: packed networks and sessions live here behind
 // numbers, which fastrnn/generator.py owns and frees.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/row_states.h"
 #include "cpu/session.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using fr::MaybeTensor;
+using fr::ScalarType;
+using fr::Tensor;
 
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error("generator: " + what); }
 
@@ -77,7 +72,8 @@ template <class D> const D* dense(const char* name, const Tensor& t, int64_t ele
                                : std::is_same_v<D, int64_t> ? ScalarType::Long
                                                             : ScalarType::Bool;
   if (t.scalar_type() != dtype || !t.is_cpu() || !t.is_contiguous())
-    fail(std::string(name) + " must be a contiguous " + torch::headeronly::toString(dtype) + " tensor on the CPU");
+    fail(std::string(name) + " must be a contiguous " + fr::dtype_name(dtype) + " tensor on the CPU, got " +
+         fr::shape_of(t) + " " + fr::dtype_name(t.scalar_type()));
   if (elements >= 0 && t.numel() != elements)
     fail(std::string(name) + " must have " + std::to_string(elements) + " elements, got " + std::to_string(t.numel()));
   return static_cast<const D*>(t.data_ptr());
