@@ -174,7 +174,7 @@ def test_draws_what_the_loop_in_python_draws(cell: str, state: str) -> None:
             assert (a.finish_reason, a.prompt_tokens, a.error) == (b.finish_reason, b.prompt_tokens, b.error)
             assert (a.logprobs is None) == (b.logprobs is None)
             if a.logprobs:
-                assert oracle.error(torch.tensor(a.logprobs), torch.tensor(b.logprobs)) < 1e-4
+                oracle.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs).double(), what="logprobs")
 
 
 def test_a_shared_state_is_a_start(tmp_path) -> None:
