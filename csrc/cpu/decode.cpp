@@ -36,6 +36,10 @@ template <class Weight> struct CellPanel {
   FR_INLINE const float* a2(int64_t r) const {
     return reinterpret_cast<const float*>(static_cast<const char*>(job.a2) + r * job.network->row);
   }
+  // Where the sums of row r begin, of a layer with `products` of them a row and `width` in a panel.
+  FR_INLINE const float* start(int64_t r, int64_t products, int64_t width) const {
+    return job.init ? job.init + (job.index ? job.index[r] : r) * products + p * width : bias;
+  }
   FR_INLINE float* out(int64_t r) const {
     return reinterpret_cast<float*>(static_cast<char*>(job.out) + r * job.network->row);
   }
@@ -75,8 +79,7 @@ static void cell_tile(const CellPanel<Weight>& panel, int64_t r) {
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     const int64_t row = r + m;
-    const float* init =
-        job.init ? job.init + (job.index ? job.index[row] : row) * products + p * NV * V::width : panel.bias;
+    const float* init = panel.start(row, products, NV * V::width);
 #pragma GCC unroll 8
     for (int n = 0; n < PN * NV; ++n) acc[m][n] = V::load(init + n * V::width);
     a1[m] = K1 ? panel.a1(row) : nullptr;
@@ -129,9 +132,74 @@ template <int NV, class Tile> FR_INLINE void even_tiles(int64_t rows, const Tile
   }
 }
 
+// sums[m] += a[m] w for MR rows, over K of each.
+template <int NV, int MR, class Weight>
+static void add_tile(const Weight* w, int64_t K, const char* a, int64_t row, float* sums, int64_t sums_row) {
+  using V = Vec<float>;
+  V acc[MR][NV];
+  const float* rows[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    rows[m] = reinterpret_cast<const float*>(a + m * row);
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n] = V::load(sums + m * sums_row + n * V::width);
+  }
+  panel_product<float, MR, 1, NV>(w, 0, rows, K, acc);
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n].store(sums + m * sums_row + n * V::width);
+}
+
+constexpr int64_t kStretchBytes = 24 << 10;  // of weights: half of an L1 cache
+constexpr int64_t kGroupRows = 48;           // whose sums stay there meanwhile
+
+// sums[r] += a[r] w for one panel, a stretch of k at a time: it comes from L2 once and meets all the rows in L1.
+template <int NV, class Weight>
+static void add_panel(const Weight* w, int64_t K, const char* a, int64_t row, int64_t rows, float* sums,
+                      int64_t sums_row) {
+  constexpr int64_t width = NV * Vec<float>::width;
+  constexpr int64_t step = kStretchBytes / (width * static_cast<int64_t>(sizeof(Weight)));
+  for (int64_t k = 0; k < K; k += step)
+    even_tiles<NV>(rows, [&](auto size, int64_t r) {
+      add_tile<NV, decltype(size)::value>(w + k * width, K - k < step ? K - k : step, a + r * row + k * 4, row,
+                                          sums + r * sums_row, sums_row);
+    });
+}
+
+// Rows r .. r + rows (at most kGroupRows) of one panel that does not fit L1.
+template <Cell C, int NV, class Weight>
+static void cell_group(const CellPanel<Weight>& panel, int64_t first, int64_t rows) {
+  using V = Vec<float>;
+  constexpr int64_t width = NV * V::width;
+  const LayerJob& job = panel.job;
+  const int64_t products = job.layer->hidden.count * width;
+  alignas(64) float sums[kGroupRows][width], xn[kGroupRows][V::width];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int n = 0; n < NV; ++n)
+      V::load(panel.start(first + r, products, width) + n * V::width).store(sums[r] + n * V::width);
+  if (job.a1)
+    add_panel<NV>(panel.input, job.layer->input.K, reinterpret_cast<const char*>(panel.a1(first)), job.row1, rows,
+                  sums[0], width);
+  if constexpr (C == Cell::gru)
+    for (int64_t r = 0; r < rows; ++r) {
+      V::load(sums[r] + 2 * V::width).store(xn[r]);
+      V::load(panel.bias_q).store(sums[r] + 2 * V::width);
+    }
+  add_panel<NV>(panel.hidden, job.layer->hidden.K, reinterpret_cast<const char*>(panel.a2(first)), job.network->row,
+                rows, sums[0], width);
+  for (int64_t r = 0; r < rows; ++r) {
+    V acc[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) acc[n] = V::load(sums[r] + n * V::width);
+    finish<C, NV>(panel, panel.p, first + r, acc, C == Cell::gru ? V::load(xn[r]) : V(0));
+  }
+}
+
 // Owns:   out and carry of all rows for the panels of `part`.
-// Keeps:  the accumulators of a tile of rows and one or two panels; a unit's gates never leave the registers.
-// Moves:  the panels once per tile of rows, a1, a2 and init once per panel, out and carry once.
+// Keeps:  the accumulators of a tile of rows and one or two panels; where a panel exceeds L1 and several tiles meet it,
+//         the sums of a group of rows in L1.
+// Moves:  a panel from L2 once per group or tile of rows, a1, a2 and init once per panel, out and carry once.
 // Syncs:  nothing: the caller waits for all parts before the next layer.
 // Limits: none.
 template <Cell C, class Weight> static void cell_layer(const LayerJob& job, Part part) {
@@ -139,6 +207,8 @@ template <Cell C, class Weight> static void cell_layer(const LayerJob& job, Part
   constexpr int64_t W = Vec<float>::width;
   const Panels &in = job.layer->input, &hidden = job.layer->hidden;
   const int64_t end = part.end(hidden.count);
+  const int64_t bytes = ((job.a1 ? in.K : 0) + hidden.K) * NV * W * static_cast<int64_t>(sizeof(Weight));
+  const bool grouped = job.rows > tile_rows<NV>() && bytes > kStretchBytes;
   for (int64_t p = part.begin(hidden.count); p < end; ++p) {
     CellPanel<Weight> panel{job, nullptr, nullptr, nullptr, nullptr, p};
     panel.input = in.weights.as<Weight>() + p * in.K * NV * W;
@@ -148,9 +218,12 @@ template <Cell C, class Weight> static void cell_layer(const LayerJob& job, Part
     if (job.rows == 1 && p + 1 < end) {
       cell_tile<C, NV, 1, 2>(panel, 0);  // one row of one panel has too few sums under way to keep the units busy
       ++p;
-      continue;
+    } else if (grouped) {
+      for (int64_t r = 0; r < job.rows; r += kGroupRows)
+        cell_group<C, NV>(panel, r, job.rows - r < kGroupRows ? job.rows - r : kGroupRows);
+    } else {
+      even_tiles<NV>(job.rows, [&](auto size, int64_t r) { cell_tile<C, NV, decltype(size)::value, 1>(panel, r); });
     }
-    even_tiles<NV>(job.rows, [&](auto size, int64_t r) { cell_tile<C, NV, decltype(size)::value, 1>(panel, r); });
   }
 }
 
@@ -163,36 +236,26 @@ template <class Weight> static void layer(const LayerJob& job, Part part) {
   }
 }
 
-template <int NV, int MR, class Weight>
-static void linear_tile(const LinearJob& job, const Weight* w, int64_t p, int64_t r) {
-  using V = Vec<float>;
-  V acc[MR][NV];
-  const float* a[MR];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-    a[m] = reinterpret_cast<const float*>(static_cast<const char*>(job.a) + (r + m) * job.row);
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n] = V::load(job.bias + (p * NV + n) * V::width);
-  }
-  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc);
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n].store(job.out + (r + m) * job.out_row + (p * NV + n) * V::width);
-}
-
 // Owns:   the columns of `part` of all rows of out.
-// Keeps:  the accumulators of a tile.
-// Moves:  the panels once per tile of rows, a once per panel, out once.
+// Keeps:  the accumulators of a tile, between stretches of k in out.
+// Moves:  a panel from L2 once per group of rows, a once per panel.
 // Syncs:  nothing.
 // Limits: none.
 template <int NV, class Weight> static void linear_panels(const LinearJob& job, Part part) {
+  using V = Vec<float>;
   const Panels& m = *job.panels;
   const int64_t begin = part.begin(m.count), end = part.end(m.count);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t p = job.backwards ? end - 1 - (i - begin) : i;
-    const Weight* w = m.weights.as<Weight>() + p * m.K * NV * Vec<float>::width;
-    even_tiles<NV>(job.rows, [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, p, r); });
+    const int64_t p = job.backwards ? end - 1 - (i - begin) : i, column = p * NV * V::width;
+    const Weight* w = m.weights.as<Weight>() + p * m.K * NV * V::width;
+    for (int64_t first = 0; first < job.rows; first += kGroupRows) {
+      const int64_t rows = job.rows - first < kGroupRows ? job.rows - first : kGroupRows;
+      float* sums = job.out + first * job.out_row + column;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int n = 0; n < NV; ++n)
+          V::load(job.bias + column + n * V::width).store(sums + r * job.out_row + n * V::width);
+      add_panel<NV>(w, m.K, static_cast<const char*>(job.a) + first * job.row, job.row, rows, sums, job.out_row);
+    }
   }
 }
 template <class Weight> static void linear(const LinearJob& job, Part part) {

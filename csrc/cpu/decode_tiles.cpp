@@ -109,16 +109,17 @@ template <class T> static FR_INLINE Start q_start(const LayerJob& job, int64_t p
 
 #define FR_STORE_SUMS(tile, block, vector, row) _tile_stored(tile, (block).sums[vector][row], kLanes * 4)
 
-template <class T, Cell C>
-static void narrow_block(const LayerJob& job, const Operand& in, const Operand& hidden, const Start& s, Block& b) {
+template <class T, Cell C, class Between>
+static FR_INLINE void narrow_block(const LayerJob& job, const Operand& in, const Operand& hidden, const Start& s,
+                                   Block& b, const Between& between) {
   constexpr int NV = Finisher<T, C>::NV;
   FR_TILE_START(0, s, 0, 0);
   FR_TILE_START(1, s, 0, 1);
   FR_TILE_START(2, s, 0, 2);
   const Start q = C == Cell::gru ? q_start<T>(job, b.p) : Start{s.from ? s.from + 3 * kLanes : nullptr, s.stride};
   FR_TILE_START(3, q, 0, 0);
-  add_narrow<T, NV, 2>(in);
-  add_narrow<T, NV, C == Cell::gru ? 3 : 2>(hidden);
+  add_narrow<T, NV, 2>(in, between);
+  add_narrow<T, NV, C == Cell::gru ? 3 : 2>(hidden, between);
   FR_STORE_SUMS(0, b, 0, 0);
   FR_STORE_SUMS(1, b, 1, 0);
   FR_STORE_SUMS(2, b, 2, 0);
@@ -173,19 +174,21 @@ template <class T, Cell C> static void tile_layer(const LayerJob& job, Part part
   for (int64_t p = part.begin(hidden.count); p < last; ++p) {
     const Operand o1 = operand<T, NV>(in, job.a1, job.row1, p),
                   o2 = operand<T, NV>(hidden, job.a2, job.network->row, p);
-    const int64_t steps = (C == Cell::gru ? 1 : 2) * (o1.blocks + o2.blocks) + (C == Cell::gru ? o2.blocks : 0);
-    const int64_t share = (kBlockRows + steps - 1) / steps;  // rows of state to compute after each step of the tiles
+    const bool narrow = job.rows <= kTileRows;
+    const int64_t both = o1.blocks + o2.blocks, longer = o1.blocks > o2.blocks ? o1.blocks : o2.blocks;
+    const int64_t steps = narrow ? both : C == Cell::gru ? both + longer : 2 * both;
     for (int64_t r = 0; r < job.rows; r += kBlockRows, now ^= 1) {
       Block &b = blocks[now], &before = blocks[now ^ 1];
       b.p = p, b.r = r, b.rows = job.rows - r < kBlockRows ? job.rows - r : kBlockRows, b.done = 0;
       const Start s = layer_start<T>(job, products, p, r, NV);
-      if (job.rows <= kTileRows) {
-        narrow_block<T, C>(job, o1, o2, s, b);
-      } else {
-        wide_block<T, C>(job, rows_from(o1, r), rows_from(o2, r), s, b, [&] {
-          finisher.rows(before, before.done + share < before.rows ? before.done + share : before.rows);
-        });
-      }
+      const int64_t share = (before.rows + steps - 1) / steps;  // rows to turn into state after each step of the tiles
+      const auto between = [&] {
+        finisher.rows(before, before.done + share < before.rows ? before.done + share : before.rows);
+      };
+      if (narrow)
+        narrow_block<T, C>(job, o1, o2, s, b, between);
+      else
+        wide_block<T, C>(job, rows_from(o1, r), rows_from(o2, r), s, b, between);
       finisher.rows(before, before.rows);
     }
   }
@@ -247,7 +250,7 @@ template <class T, int NV> static void linear_panels(const LinearJob& job, Part 
         if constexpr (NV > 3) {
           FR_TILE_START(3, s, 0, 3);
         }
-        add_narrow<T, NV, 2>(o);
+        add_narrow<T, NV, 2>(o, nothing);
         FR_STORE_SUMS(0, b, 0, 0);
         if constexpr (NV > 1) {
           FR_STORE_SUMS(1, b, 1, 0);

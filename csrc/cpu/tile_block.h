@@ -62,8 +62,10 @@ static FR_INLINE void configure_tiles(int64_t rows) {
   _tile_loadconfig(&shape);
 }
 
-// Adds an operand's products to sums 0 .. NV-1 of up to 16 rows; vector 2 goes to sums `third`.
-template <class T, int NV, int third> static FR_INLINE void add_narrow(const Operand& o) {
+// Adds an operand's products to sums 0 .. NV-1 of up to 16 rows; vector 2 goes to sums `third`. `between` runs after
+// each k: what it computes is hidden behind the tiles.
+template <class T, int NV, int third, class Between>
+static FR_INLINE void add_narrow(const Operand& o, const Between& between) {
   constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights: ask for them early
   for (int64_t k = 0; k < o.blocks; ++k) {
     const char* w = o.w + k * NV * kTileBytes;
@@ -87,11 +89,11 @@ template <class T, int NV, int third> static FR_INLINE void add_narrow(const Ope
       _tile_loadd(5, w + 3 * kTileBytes, 64);
       FR_TILE_DOT(3, 4, 5);
     }
+    between();
   }
 }
 
-// Adds an operand's products with vectors v and v + 1 to sums 0, 1 (rows 0-15) and 2, 3 (rows 16-31). `between` runs
-// after each k: what it computes is hidden behind the tiles.
+// Adds an operand's products with vectors v and v + 1 to sums 0, 1 (rows 0-15) and 2, 3 (rows 16-31).
 template <class T, int NV, class Between>
 static FR_INLINE void add_pair(const Operand& o, int64_t v, const Between& between) {
   for (int64_t k = 0; k < o.blocks; ++k) {
