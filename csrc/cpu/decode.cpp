@@ -236,26 +236,58 @@ template <class Weight> static void layer(const LayerJob& job, Part part) {
   }
 }
 
+template <int NV, int MR, class Weight>
+static void linear_tile(const LinearJob& job, const Weight* w, int64_t column, int64_t r) {
+  using V = Vec<float>;
+  V acc[MR][NV];
+  const float* a[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    a[m] = reinterpret_cast<const float*>(static_cast<const char*>(job.a) + (r + m) * job.row);
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n] = V::load(job.bias + column + n * V::width);
+  }
+  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc);
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n].store(job.out + (r + m) * job.out_row + column + n * V::width);
+}
+
+// Rows first .. first + rows (at most kGroupRows) of one panel that does not fit L1.
+template <int NV, class Weight>
+static void linear_group(const LinearJob& job, const Weight* w, int64_t column, int64_t first, int64_t rows) {
+  using V = Vec<float>;
+  alignas(64) float sums[kGroupRows][NV * V::width];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int n = 0; n < NV; ++n) V::load(job.bias + column + n * V::width).store(sums[r] + n * V::width);
+  add_panel<NV>(w, job.panels->K, static_cast<const char*>(job.a) + first * job.row, job.row, rows, sums[0],
+                NV * V::width);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int n = 0; n < NV; ++n)
+      V::load(sums[r] + n * V::width).store(job.out + (first + r) * job.out_row + column + n * V::width);
+}
+
 // Owns:   the columns of `part` of all rows of out.
-// Keeps:  the accumulators of a tile, between stretches of k in out.
-// Moves:  a panel from L2 once per group of rows, a once per panel.
+// Keeps:  the accumulators of a tile; where a panel exceeds L1 and several tiles meet it, the sums of a group in L1.
+// Moves:  a panel from L2 once per group or tile of rows, a once per panel, out once.
 // Syncs:  nothing.
 // Limits: none.
 template <int NV, class Weight> static void linear_panels(const LinearJob& job, Part part) {
-  using V = Vec<float>;
   const Panels& m = *job.panels;
+  constexpr int64_t width = NV * Vec<float>::width;
   const int64_t begin = part.begin(m.count), end = part.end(m.count);
+  const bool grouped =
+      job.rows > tile_rows<NV>() && m.K * width * static_cast<int64_t>(sizeof(Weight)) > kStretchBytes * 3 / 2;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t p = job.backwards ? end - 1 - (i - begin) : i, column = p * NV * V::width;
-    const Weight* w = m.weights.as<Weight>() + p * m.K * NV * V::width;
-    for (int64_t first = 0; first < job.rows; first += kGroupRows) {
-      const int64_t rows = job.rows - first < kGroupRows ? job.rows - first : kGroupRows;
-      float* sums = job.out + first * job.out_row + column;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int n = 0; n < NV; ++n)
-          V::load(job.bias + column + n * V::width).store(sums + r * job.out_row + n * V::width);
-      add_panel<NV>(w, m.K, static_cast<const char*>(job.a) + first * job.row, job.row, rows, sums, job.out_row);
-    }
+    const int64_t p = job.backwards ? end - 1 - (i - begin) : i;
+    const Weight* w = m.weights.as<Weight>() + p * m.K * width;
+    if (grouped)
+      for (int64_t r = 0; r < job.rows; r += kGroupRows)
+        linear_group<NV>(job, w, p * width, r, job.rows - r < kGroupRows ? job.rows - r : kGroupRows);
+    else
+      even_tiles<NV>(job.rows,
+                     [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, p * width, r); });
   }
 }
 template <class Weight> static void linear(const LinearJob& job, Part part) {

@@ -7,7 +7,7 @@
 namespace fr {
 namespace {
 
-constexpr int64_t kHeadBytes = 512 << 10;  // of logits at once: they are drawn from while a core's cache holds them
+constexpr int64_t kHeadBytes = 2048 << 10;  // of logits at once: they are drawn from while a core's cache holds them
 constexpr int64_t kLogEntries = 1 << 14;
 constexpr int64_t kReaderRows = 32;
 constexpr int64_t kStepsBetweenClocks = 8;
