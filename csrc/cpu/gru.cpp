@@ -3,6 +3,7 @@
 #ifndef FR_ISA
 
 #include "simd.h"
+#define FR_WITH_AMX
 #define FR_FILE "gru.cpp"
 #include "each_isa.h"
 
@@ -12,6 +13,8 @@
 #include "../cell_math.h"
 #include "panel.h"
 #include "gemm.h"
+#include "amx.h"
+#include "products.h"
 #include "sequence.h"
 
 namespace fr {
@@ -34,15 +37,15 @@ template <class S> struct GruTile {
     const S* h[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const Real<S>* gx = step.gx + p * step.panel_stride + step.place[m + i] * 3 * V::width;
+      const Real<S>* gx = step.gx + p * step.panel_stride + step.place[m + i] * 4 * V::width;
       h[i] = step.h[m + i];
-      acc[i][0] = load(gx), acc[i][1] = load(gx + V::width), acc[i][2] = load(w.bias_n.get() + j);
+      acc[i][0] = load(gx), acc[i][1] = load(gx + V::width), acc[i][2] = load(gx + 3 * V::width);
     }
-    panel_product<Real<S>, MR, 1, 3>(w.w_hh.get() + p * H * 3 * V::width, 0, h, H, acc,
-                                     next_panel<Real<S>, MR, 3>(w.w_hh.get(), w.panels, H, p, m));
+    panel_product<Real<S>, MR, 1, 3>(w.w_hh.get() + p * step.K * 3 * V::width, 0, h, step.K, acc,
+                                     next_panel<Real<S>, MR, 3>(w.w_hh.get(), w.panels, step.K, p, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const Real<S>* xn = step.gx + p * step.panel_stride + (step.place[m + i] * 3 + 2) * V::width;
+      const Real<S>* xn = step.gx + p * step.panel_stride + (step.place[m + i] * 4 + 2) * V::width;
       const V q = acc[i][2];
       const GruStep<V> s = gru_step(acc[i][0], acc[i][1], load(xn), q, load(h[i] + j, n));
       const int64_t at = step.t * call.in.B + step.b[m + i];

@@ -3,6 +3,7 @@
 #ifndef FR_ISA
 
 #include "simd.h"
+#define FR_WITH_AMX
 #define FR_FILE "lstm.cpp"
 #include "each_isa.h"
 
@@ -12,6 +13,8 @@
 #include "../cell_math.h"
 #include "panel.h"
 #include "gemm.h"
+#include "amx.h"
+#include "products.h"
 #include "sequence.h"
 
 namespace fr {
@@ -31,7 +34,7 @@ template <class S> struct LstmTile {
   S* m_rows;        // (B, H) where there is a projection
   template <int MR> void run(int64_t p, int64_t m) const {
     using V = Vec<Real<S>>;
-    const int64_t H = call.in.H, P = call.in.P, j = p * V::width, n = H - j;
+    const int64_t H = call.in.H, j = p * V::width, n = H - j;
     V acc[MR][4];
     const S* h[MR];
 #pragma GCC unroll 8
@@ -41,8 +44,8 @@ template <class S> struct LstmTile {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[i][v] = load(gx + v * V::width);
     }
-    panel_product<Real<S>, MR, 1, 4>(w.w_hh.get() + p * P * 4 * V::width, 0, h, P, acc,
-                                     next_panel<Real<S>, MR, 4>(w.w_hh.get(), w.panels, P, p, m));
+    panel_product<Real<S>, MR, 1, 4>(w.w_hh.get() + p * step.K * 4 * V::width, 0, h, step.K, acc,
+                                     next_panel<Real<S>, MR, 4>(w.w_hh.get(), w.panels, step.K, p, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const int64_t b = step.b[m + i], at = step.t * call.in.B + b;

@@ -4,6 +4,7 @@
 #ifndef FR_ISA
 
 #include "simd.h"
+#define FR_WITH_AMX
 #define FR_FILE "rnn.cpp"
 #include "each_isa.h"
 
@@ -13,6 +14,8 @@
 #include "../cell_math.h"
 #include "panel.h"
 #include "gemm.h"
+#include "amx.h"
+#include "products.h"
 #include "sequence.h"
 
 namespace fr {
@@ -40,8 +43,8 @@ template <class S> struct RnnTile {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[i][v] = load(gx + v * V::width);
     }
-    panel_product<Real<S>, MR, 1, 4>(w.w_hh.get() + p * H * 4 * V::width, 0, h, H, acc,
-                                     next_panel<Real<S>, MR, 4>(w.w_hh.get(), w.panels, H, p, m));
+    panel_product<Real<S>, MR, 1, 4>(w.w_hh.get() + p * step.K * 4 * V::width, 0, h, step.K, acc,
+                                     next_panel<Real<S>, MR, 4>(w.w_hh.get(), w.panels, step.K, p, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       S* y = call.y + (step.t * call.in.B + step.b[m + i]) * H;

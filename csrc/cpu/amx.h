@@ -1,0 +1,180 @@
+// The products of the cells for bfloat16 on the matrix tiles (AMX); empty for other instruction sets. Compiled once per
+// instruction set, by each_isa.h.
+//
+// A tile is 16 rows of 64 bytes. Of the left factor it holds 16 rows of 32 k; of the right factor 16 pairs of k for 16
+// columns, the two of a pair side by side; of the sums 16 x 16 floats. Both factors are packed as whole tiles, 0 where
+// K ends. An output element depends on its row and column alone: a tile multiplies each of its rows the same way.
+
+namespace fr {
+namespace FR_ISA {
+
+// Whether the products of S run on tiles.
+template <class S> constexpr bool on_tiles = FR_AMX && sizeof(S) == sizeof(bf16);
+
+#if FR_AMX
+
+constexpr int64_t tile_elements = 512, tile_k = 32, tile_n = 16;
+constexpr int64_t tiles_of_k(int64_t K) { return (K + tile_k - 1) / tile_k; }
+
+// 32 numbers as they lie, as 16 pairs; `n` of them, then 0.
+FR_INLINE Vec<float> load_pairs(const bf16* p, int64_t n) {
+  Vec<float> v;
+  if (n >= tile_k) {
+    __builtin_memcpy(&v.v, p, sizeof v.v);
+    return v;
+  }
+  bf16 some[tile_k] = {};
+  __builtin_memcpy(some, p, static_cast<size_t>(n) * sizeof(bf16));
+  __builtin_memcpy(&v.v, some, sizeof v.v);
+  return v;
+}
+// The pairs of 16 numbers at a and 16 at b, each null for 0.
+FR_INLINE Vec<float> pair_up(const bf16* a, const bf16* b, int64_t n) {
+  const Words low = a ? (Words)load(a, n).v >> 16 : Words{}, high = b ? (Words)load(b, n).v : Words{};
+  return Vec<float>((Vec<float>::Raw)(low | high));
+}
+
+// The left factor's tiles of rows given by their addresses (K elements each): [16 rows][K].
+static void pack_left(int64_t rows, const bf16* const* a, int64_t K, bf16* out) {
+  const int64_t KB = tiles_of_k(K);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t kb = 0; kb < KB; ++kb) {
+      const Vec<float> v = load_pairs(a[m] + kb * tile_k, K - kb * tile_k);
+      __builtin_memcpy(out + (m / 16 * KB + kb) * tile_elements + m % 16 * tile_k, &v.v, sizeof v.v);
+    }
+}
+constexpr int64_t left_elements(int64_t rows, int64_t K) { return (rows + 15) / 16 * tiles_of_k(K) * tile_elements; }
+
+// One column tile of the right factor: column `lane` is row_of(lane) of w (rows, K), or 0 where that is negative.
+template <class RowOf> static void pack_right_rows(const bf16* w, int64_t K, RowOf row_of, bf16* out) {
+  for (int64_t kb = 0; kb < tiles_of_k(K); ++kb) {
+    Vec<float> block[tile_n];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < tile_n; ++lane) {
+      const int64_t row = row_of(lane);
+      block[lane] = row < 0 ? Vec<float>(0) : load_pairs(w + row * K + kb * tile_k, K - kb * tile_k);
+    }
+    transpose(block);
+    __builtin_memcpy(out + kb * tile_elements, block, sizeof block);
+  }
+}
+// One column tile of the right factor: row k of it is n <= 16 numbers at row_of(k), or 0 where that is null.
+template <class RowOf> static void pack_right(int64_t K, int64_t n, RowOf row_of, bf16* out) {
+  for (int64_t k = 0; k < tiles_of_k(K) * tile_k; k += 2) {
+    const Vec<float> v = pair_up(k < K ? row_of(k) : nullptr, k + 1 < K ? row_of(k + 1) : nullptr, n);
+    __builtin_memcpy(out + k * tile_n, &v.v, sizeof v.v);
+  }
+}
+
+// Tiles 0-3: sums, 4-5: left, 6-7: right; the sums and the left ones have `rows` rows.
+FR_INLINE void configure_tiles(int64_t rows) {
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = i < 6 ? static_cast<uint8_t>(rows) : 16;
+  asm volatile("" ::"r"(&config) : "memory");  // the intrinsic does not say that it reads memory
+  _tile_loadconfig(&config);
+}
+
+// c = or += the product of RB row tiles and CB column tiles, each of KB tiles in a row.
+template <int RB, int CB>
+FR_INLINE void tile_block(const bf16* a, const bf16* w, int64_t KB, bool add, float* c0, float* c1, int64_t ldc) {
+  const int64_t stride = ldc * static_cast<int64_t>(sizeof(float)), next = KB * tile_elements;
+  if (add) {
+    _tile_loadd(0, c0, stride);
+    if constexpr (CB > 1) _tile_loadd(1, c1, stride);
+    if constexpr (RB > 1) _tile_loadd(2, c0 + 16 * ldc, stride);
+    if constexpr (RB > 1 && CB > 1) _tile_loadd(3, c1 + 16 * ldc, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < next; k += tile_elements) {
+    _tile_loadd(4, a + k, 64);
+    _tile_loadd(6, w + k, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (CB > 1) {
+      _tile_loadd(7, w + next + k, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (RB > 1) {
+      _tile_loadd(5, a + next + k, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (CB > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c0, stride);
+  if constexpr (CB > 1) _tile_stored(1, c1, stride);
+  if constexpr (RB > 1) _tile_stored(2, c0 + 16 * ldc, stride);
+  if constexpr (RB > 1 && CB > 1) _tile_stored(3, c1 + 16 * ldc, stride);
+}
+
+// out = or += the product of packed factors: `rows` rows, column tiles c0 .. c1. Column tile c of row 0 is at at(c),
+// rows are ldc apart. Owns:   the elements of out. Keeps:  2 x 2 tiles of sums. Moves:  two column tiles of w, for all
+// rows, then the next two; a for each two. Syncs:  nothing. Limits: none.
+template <class At>
+static void tile_product(int64_t rows, const bf16* a, const bf16* w, int64_t KB, int64_t columns, bool add, At at,
+                         int64_t ldc) {
+  const int64_t full = rows / 16, left = rows % 16, row_tile = KB * tile_elements;
+  for (int part = 0; part < 2; ++part) {
+    const int64_t r0 = part == 0 ? 0 : full, r1 = part == 0 ? full : full + (left > 0);
+    if (r0 == r1) continue;
+    configure_tiles(part == 0 ? 16 : left);
+    for (int64_t c = 0; c < columns; c += 2) {
+      const bool two = c + 1 < columns;
+      float *c0 = at(c), *c1 = two ? at(c + 1) : nullptr;
+      for (int64_t r = r0; r < r1; r += 2) {
+        const bf16 *left_tiles = a + r * row_tile, *right_tiles = w + c * row_tile;
+        float *o0 = c0 + r * 16 * ldc, *o1 = two ? c1 + r * 16 * ldc : nullptr;
+        if (r + 1 < r1)
+          two ? tile_block<2, 2>(left_tiles, right_tiles, KB, add, o0, o1, ldc)
+              : tile_block<2, 1>(left_tiles, right_tiles, KB, add, o0, o1, ldc);
+        else
+          two ? tile_block<1, 2>(left_tiles, right_tiles, KB, add, o0, o1, ldc)
+              : tile_block<1, 1>(left_tiles, right_tiles, KB, add, o0, o1, ldc);
+      }
+    }
+  }
+  _tile_release();
+}
+
+// The rows m0 .. m1 of an outer sum. Rows of g may be read up to a vector beyond their end.
+static void outer_sum_on_tiles(const OuterSum<bf16>& s, int64_t m0, int64_t m1) {
+  const int64_t KB = tiles_of_k(s.K), columns = (s.N + 15) / 16, ldc = columns * 16;
+  const Scratch<bf16> right(columns * KB * tile_elements), left(2 * KB * tile_elements);
+  const Scratch<float> sums(32 * ldc);
+  for (int64_t c = 0; c < columns; ++c) {
+    const auto row_of = [&](int64_t k) { return s.a[k] ? s.a[k] + c * 16 : nullptr; };
+    pack_right(s.K, s.N - c * 16 < 16 ? s.N - c * 16 : 16, row_of, right.get() + c * KB * tile_elements);
+  }
+  for (int64_t m = m0; m < m1; m += 32) {
+    const int64_t rows = m1 - m < 32 ? m1 - m : 32;
+    for (int64_t i = 0; i < rows; i += 16)
+      for (int64_t kb = 0; kb < KB; ++kb) {
+        bf16* to = left.get() + (i / 16 * KB + kb) * tile_elements;
+        const int64_t k0 = kb * tile_k;
+        pack_right(
+            s.K - k0 < tile_k ? s.K - k0 : tile_k, 16, [&](int64_t k) { return s.g + (k0 + k) * s.ldg + m + i; }, to);
+        Vec<float> block[16];
+        __builtin_memcpy(block, to, sizeof block);
+        transpose(block);
+        __builtin_memcpy(to, block, sizeof block);
+      }
+    tile_product(
+        rows, left.get(), right.get(), KB, columns, false, [&](int64_t c) { return sums.get() + c * 16; }, ldc);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t n = 0; n < s.N; n += 16) {
+        float* to = s.dw + (m + i) * s.N + n;
+        (load(to, s.N - n) + load(sums.get() + i * ldc + n)).store(to, s.N - n);
+      }
+  }
+}
+
+#endif
+
+}  // namespace FR_ISA
+}  // namespace fr

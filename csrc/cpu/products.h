@@ -1,0 +1,233 @@
+// The products of the cells with their weights, on panels or on tiles. Compiled once per instruction set, by
+// each_isa.h.
+
+namespace fr {
+namespace FR_ISA {
+
+template <class F> static void copy(const F* from, int64_t n, F* to) {
+  if (n > 0) __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(F));
+}
+template <class From, class To> static void convert(const From* from, int64_t n, To* to) {
+  for (int64_t i = 0; i < n; i += Vec<Real<To>>::width) store(load(from + i, n - i), to + i, n - i);
+}
+template <class F> static void zero(F* to, int64_t n) {
+  if (n > 0) __builtin_memset(to, 0, static_cast<size_t>(n) * sizeof(F));
+}
+
+// run_split for a function object.
+template <class Fn> static void split(const Pool& pool, int64_t n, int64_t multiply_adds, const Fn& fn) {
+  run_split(pool, n, multiply_adds, &fn,
+            [](int64_t begin, int64_t end, const void* ctx) { (*static_cast<const Fn*>(ctx))(begin, end); });
+}
+
+// w (N, K) or its transpose, packed for `multiply`: out[m] (N,) = w a[m] for rows given by their addresses.
+template <class S> class PackedMatrix {
+  using F = Real<S>;
+
+ public:
+  PackedMatrix(int64_t K, int64_t N)
+      : K_(K),
+        N_(N),
+        NV_(N > 2 * Vec<F>::width ? 4
+            : N > Vec<F>::width   ? 2
+                                  : 1),
+        panels_((N + NV_ * Vec<F>::width - 1) / (NV_ * Vec<F>::width)),
+        data_(on_tiles<S> ? 0 : panels_ * K * NV_ * Vec<F>::width),
+        tiles_(on_tiles<S> ? round_up(N, 16) * round_up(K, 32) : 0) {}
+  // One lane a row of w (N, K).
+  void pack_rows(const Pool& pool, const S* w) {
+#if FR_AMX
+    if constexpr (on_tiles<S>)
+      return split(pool, columns(), N_ * K_, [this, w](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c)
+          pack_right_rows(w, K_, [&](int64_t lane) { return c * 16 + lane < N_ ? c * 16 + lane : -1; }, tile(c));
+      });
+#endif
+    split(pool, panels_, N_ * K_, [this, w](int64_t p0, int64_t p1) {
+      const auto row_of = [this](int64_t p, int64_t n, int64_t lane) {
+        const int64_t row = (p * NV_ + n) * Vec<F>::width + lane;
+        return row < N_ ? row : -1;
+      };
+      pack_panels(w, K_, p0, p1, NV_, row_of, data_.get());
+    });
+  }
+  // One lane a column of w (K, N), whose rows are taken from `first` on, in a circle.
+  void pack_transposed(const Pool& pool, const S* w, int64_t first = 0) {
+#if FR_AMX
+    if constexpr (on_tiles<S>)
+      return split(pool, columns(), N_ * K_, [this, w, first](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) {
+          const auto row_of = [&](int64_t k) {
+            return w + (k + first < K_ ? k + first : k + first - K_) * N_ + c * 16;
+          };
+          pack_right(K_, N_ - c * 16 < 16 ? N_ - c * 16 : 16, row_of, tile(c));
+        }
+      });
+#endif
+    split(pool, panels_, N_ * K_,
+          [this, w, first](int64_t p0, int64_t p1) { pack_columns(w, K_, N_, first, p0, p1, NV_, data_.get()); });
+  }
+  template <class O> void multiply(int64_t rows, const S* const* a, O* const* out) const {
+#if FR_AMX
+    if constexpr (on_tiles<S>) return multiply_on_tiles(rows, a, out);
+#endif
+    switch (NV_) {
+      case 4: return each_tile<4>(panels_, rows, RowProduct<S, O, 4>{data_.get(), K_, N_, panels_, a, out});
+      case 2: return each_tile<2>(panels_, rows, RowProduct<S, O, 2>{data_.get(), K_, N_, panels_, a, out});
+      default: return each_tile<1>(panels_, rows, RowProduct<S, O, 1>{data_.get(), K_, N_, panels_, a, out});
+    }
+  }
+
+ private:
+  int64_t K_, N_, NV_, panels_;
+  Scratch<F> data_;
+  Scratch<S> tiles_;
+
+#if FR_AMX
+  int64_t columns() const { return (N_ + 15) / 16; }
+  S* tile(int64_t column) const { return tiles_.get() + column * tiles_of_k(K_) * tile_elements; }
+
+  template <class O> void multiply_on_tiles(int64_t rows, const S* const* a, O* const* out) const {
+    constexpr int64_t at_once = 256;  // so that both factors' tiles stay in a core's own cache
+    const int64_t ldc = columns() * 16, most = rows < at_once ? rows : at_once;
+    const Scratch<S> left(left_elements(most, K_));
+    const Scratch<float> sums(most * ldc);
+    for (int64_t m = 0; m < rows; m += at_once) {
+      const int64_t count = rows - m < at_once ? rows - m : at_once;
+      pack_left(count, a + m, K_, left.get());
+      tile_product(
+          count, left.get(), tiles_.get(), tiles_of_k(K_), columns(), false,
+          [&](int64_t c) { return sums.get() + c * 16; }, ldc);
+      for (int64_t i = 0; i < count; ++i) convert(sums.get() + i * ldc, N_, out[m + i]);
+    }
+  }
+#endif
+};
+
+// The weights of a forward pass. A panel holds PV vectors: the same units of G gates, or 4 vectors of units where there
+// is one gate. `bias` is what the sums of a panel start from: PV vectors, for a GRU those of r, z, n and then of q.
+template <class S, int G> struct CellWeights {
+  using F = Real<S>;
+  static constexpr int PV = G == 1 ? 4 : G, sums = 4;
+  static constexpr int64_t W = Vec<F>::width, units = G == 1 ? 4 * W : W;
+  const Sequence<S>& q;
+  const int64_t panels;
+  const Scratch<F> w_ih, w_hh, bias;
+  const Scratch<S> tiles_ih, tiles_hh;
+
+  explicit CellWeights(const Sequence<S>& q)
+      : q(q),
+        panels((q.H + units - 1) / units),
+        w_ih(on_tiles<S> ? 0 : panels * PV * W * q.I),
+        w_hh(on_tiles<S> ? 0 : panels * PV * W * q.P),
+        bias(panels * sums * W),
+        tiles_ih(on_tiles<S> ? panels * PV * W * round_up(q.I, 32) : 0),
+        tiles_hh(on_tiles<S> ? panels * PV * W * round_up(q.P, 32) : 0) {
+    split(q.pool, panels, panels * PV * W * (q.I + q.P), [this](int64_t p0, int64_t p1) { pack(p0, p1); });
+  }
+
+ private:
+  void pack(int64_t p0, int64_t p1) const {
+    const int64_t H = q.H;
+    const auto row_of = [=](int64_t p, int64_t n, int64_t lane) {
+      const int64_t unit = G == 1 ? (p * PV + n) * W + lane : p * W + lane;
+      return unit < H ? (G == 1 ? unit : n * H + unit) : -1;
+    };
+#if FR_AMX
+    if constexpr (on_tiles<S>) {
+      for (int64_t c = p0 * PV; c < p1 * PV; ++c) {
+        const auto row = [&](int64_t lane) { return row_of(c / PV, c % PV, lane); };
+        pack_right_rows(q.w_ih, q.I, row, tiles_ih.get() + c * tiles_of_k(q.I) * tile_elements);
+        pack_right_rows(q.w_hh, q.P, row, tiles_hh.get() + c * tiles_of_k(q.P) * tile_elements);
+      }
+    }
+#endif
+    if constexpr (!on_tiles<S>) {
+      pack_panels(q.w_ih, q.I, p0, p1, PV, row_of, w_ih.get());
+      pack_panels(q.w_hh, q.P, p0, p1, PV, row_of, w_hh.get());
+    }
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t n = 0; n < sums; ++n)
+        for (int64_t lane = 0; lane < W; ++lane) {
+          const bool n_gate = G == 3 && n == 2, q_part = G == 3 && n == 3;
+          const int64_t row = row_of(p, q_part ? 2 : n, lane);
+          F sum = row >= 0 && q.b_ih && !q_part ? widen(q.b_ih[row]) : F(0);
+          if (row >= 0 && q.b_hh && !n_gate) sum += widen(q.b_hh[row]);
+          bias.get()[(p * sums + n) * W + lane] = sum;
+        }
+  }
+};
+
+// gx = bias + W_ih x of rows given by their addresses; gx: [panel][row][vector].
+template <class S, int G> struct InputTile {
+  using F = Real<S>;
+  const CellWeights<S, G>& w;
+  const S* const* x;
+  F* gx;
+  int64_t rows;
+  template <int MR> void run(int64_t p, int64_t m) const {
+    using V = Vec<F>;
+    constexpr int PV = CellWeights<S, G>::PV, sums = CellWeights<S, G>::sums;
+    V acc[MR][PV];
+    const S* a[MR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      a[i] = x[m + i];
+#pragma GCC unroll 8
+      for (int n = 0; n < PV; ++n) acc[i][n] = V::load(w.bias.get() + (p * sums + n) * V::width);
+    }
+    panel_product<F, MR, 1, PV>(w.w_ih.get() + p * w.q.I * PV * V::width, 0, a, w.q.I, acc,
+                                next_panel<F, MR, PV>(w.w_ih.get(), w.panels, w.q.I, p, m));
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      F* to = gx + (p * rows + m + i) * sums * V::width;
+#pragma GCC unroll 8
+      for (int n = 0; n < PV; ++n) acc[i][n].store(to + n * V::width);
+      if constexpr (PV < sums) V::load(w.bias.get() + (p * sums + PV) * V::width).store(to + PV * V::width);
+    }
+  }
+};
+
+// The products of a forward pass with gx: W_ih x of a chunk of rows, and, where tiles run, W_hh h of a step on top.
+template <class S, int G> struct Products {
+  const CellWeights<S, G>& w;
+  static constexpr int64_t row_elements = CellWeights<S, G>::sums * Vec<Real<S>>::width;
+
+  void input(int64_t rows, const S* const* x, Real<S>* gx) const {
+#if FR_AMX
+    if constexpr (on_tiles<S>) {
+      for (int64_t p = 0; p < w.panels; ++p)
+        for (int64_t m = 0; m < rows; ++m)
+          copy(w.bias.get() + p * row_elements, row_elements, gx + (p * rows + m) * row_elements);
+      return add(rows, x, w.q.I, w.tiles_ih.get(), 2, gx, rows * row_elements);
+    }
+#endif
+    each_tile<CellWeights<S, G>::PV>(w.panels, rows, InputTile<S, G>{w, x, gx, rows});
+  }
+  // Row m of the step is row m of gx.
+  void hidden(int64_t rows, const S* const* h, Real<S>* gx, int64_t panel_stride) const {
+#if FR_AMX
+    if constexpr (on_tiles<S>) add(rows, h, w.q.P, w.tiles_hh.get(), 3, gx, panel_stride);
+#endif
+    (void)rows, (void)h, (void)gx, (void)panel_stride;
+  }
+
+ private:
+#if FR_AMX
+  // third: which of a panel's sums its third vector adds to.
+  void add(int64_t rows, const S* const* a, int64_t K, const S* tiles, int64_t third, float* gx,
+           int64_t panel_stride) const {
+    constexpr int PV = CellWeights<S, G>::PV;
+    const Scratch<S> left(left_elements(rows, K));
+    pack_left(rows, a, K, left.get());
+    const auto at = [=](int64_t c) {
+      const int64_t n = c % PV;
+      return gx + c / PV * panel_stride + (G == 3 && n == 2 ? third : n) * 16;
+    };
+    tile_product(rows, left.get(), tiles, tiles_of_k(K), w.panels * PV, true, at, row_elements);
+  }
+#endif
+};
+
+}  // namespace FR_ISA
+}  // namespace fr
