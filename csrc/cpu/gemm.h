@@ -8,7 +8,7 @@
 namespace fr {
 namespace FR_ISA {
 
-constexpr int64_t outer_block = 256;
+constexpr int64_t outer_block = 512;
 
 // dw (M, N) += g^T a and db (M,) += the column sums of g, where it is wanted: g (K, M) with row stride ldg; row k of a
 // is at a[k], or is 0 where that is null.
@@ -57,30 +57,41 @@ static void outer_tile(const F* g, const F* a, int64_t K, F* dw, int64_t ld, int
   }
 }
 
+// Columns n0 .. n0 + NV vectors of the rows m0 .. m1 of dw, for `count` values of k from k0 on; g_block holds g packed,
+// MR elements for each k.
+template <class S, int MR, int NV>
+static void outer_columns(const OuterSum<S>& s, int64_t m0, int64_t m1, int64_t k0, int64_t count, int64_t n0,
+                          const Real<S>* g_block, Real<S>* a_block) {
+  using V = Vec<Real<S>>;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t n = 0; n < NV; ++n) {
+      const S* row = s.a[k0 + k];
+      const int64_t column = n0 + n * V::width;
+      (row && column < s.N ? load(row + column, s.N - column) : V(0)).store(a_block + (k * NV + n) * V::width);
+    }
+  for (int64_t m = m0; m < m1; m += MR)
+    outer_tile<Real<S>, MR, NV>(g_block + (m - m0) * count, a_block, count, s.dw + m * s.N + n0, s.N, m1 - m, s.N - n0);
+}
+
 // The rows m0 .. m1 of dw, by tiles. Rows of g may be read up to a vector beyond their end.
 template <class S> static void outer_sum_tiled(const OuterSum<S>& s, int64_t m0, int64_t m1) {
-  using F = Real<S>;
-  using V = Vec<F>;
+  using V = Vec<Real<S>>;
   constexpr int MR = FR_VEC_BYTES == 64 ? 6 : 4, NV = FR_VEC_BYTES == 64 ? 4 : 2;
-  constexpr int64_t NR = NV * V::width;
   const int64_t tiles = (m1 - m0 + MR - 1) / MR, block = s.K < outer_block ? s.K : outer_block;
-  const Scratch<F> a_block(block * NR), g_block(tiles * block * MR + V::width);
+  const Scratch<Real<S>> a_block(block * NV * V::width), g_block(tiles * block * MR + V::width);
   for (int64_t k0 = 0; k0 < s.K; k0 += block) {
     const int64_t count = k0 + block < s.K ? block : s.K - k0;
     for (int64_t tile = 0; tile < tiles; ++tile)  // each store's end is overwritten by the next
       for (int64_t k = 0; k < count; ++k)
         for (int64_t m = 0; m < MR; m += V::width)
           load(s.g + (k0 + k) * s.ldg + m0 + tile * MR + m).store(g_block.get() + (tile * count + k) * MR + m);
-    for (int64_t n0 = 0; n0 < s.N; n0 += NR) {
-      for (int64_t k = 0; k < count; ++k)
-        for (int64_t n = 0; n < NR; n += V::width) {
-          const S* row = s.a[k0 + k];
-          const int64_t left = s.N - n0 - n;
-          (row && left > 0 ? load(row + n0 + n, left) : V(0)).store(a_block.get() + k * NR + n);
-        }
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        outer_tile<F, MR, NV>(g_block.get() + tile * count * MR, a_block.get(), count,
-                              s.dw + (m0 + tile * MR) * s.N + n0, s.N, m1 - m0 - tile * MR, s.N - n0);
+    for (int64_t n0 = 0; n0 < s.N; n0 += NV * V::width) {
+      const int64_t left = s.N - n0;
+      const auto columns = left > 3 * V::width ? outer_columns<S, MR, NV> : left > 2 * V::width ? outer_columns < S, MR,
+                 NV < 3 ? NV : 3 >
+          : left > V::width ? outer_columns<S, MR, 2>
+                            : outer_columns<S, MR, 1>;
+      columns(s, m0, m1, k0, count, n0, g_block.get(), a_block.get());
     }
   }
 }

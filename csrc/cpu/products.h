@@ -28,9 +28,7 @@ template <class S> class PackedMatrix {
   PackedMatrix(int64_t K, int64_t N)
       : K_(K),
         N_(N),
-        NV_(N > 2 * Vec<F>::width ? 4
-            : N > Vec<F>::width   ? 2
-                                  : 1),
+        NV_(vectors_of_panel(N)),
         panels_((N + NV_ * Vec<F>::width - 1) / (NV_ * Vec<F>::width)),
         data_(on_tiles<S> ? 0 : panels_ * K * NV_ * Vec<F>::width),
         tiles_(on_tiles<S> ? round_up(N, 16) * round_up(K, 32) : 0) {}
@@ -73,12 +71,20 @@ template <class S> class PackedMatrix {
 #endif
     switch (NV_) {
       case 4: return each_tile<4>(panels_, rows, RowProduct<S, O, 4>{data_.get(), K_, N_, panels_, a, out});
+      case 3: return each_tile<3>(panels_, rows, RowProduct<S, O, 3>{data_.get(), K_, N_, panels_, a, out});
       case 2: return each_tile<2>(panels_, rows, RowProduct<S, O, 2>{data_.get(), K_, N_, panels_, a, out});
       default: return each_tile<1>(panels_, rows, RowProduct<S, O, 1>{data_.get(), K_, N_, panels_, a, out});
     }
   }
 
  private:
+  // The widest panel among those that pad N least.
+  static int64_t vectors_of_panel(int64_t N) {
+    int64_t best = 1;
+    for (const int64_t NV : {2, 3, 4})
+      if (round_up(N, NV * Vec<F>::width) <= round_up(N, best * Vec<F>::width)) best = NV;
+    return best;
+  }
   int64_t K_, N_, NV_, panels_;
   Scratch<F> data_;
   Scratch<S> tiles_;
