@@ -30,7 +30,7 @@ FR_INLINE Vec<float> load_pairs(const bf16* p, int64_t n) {
 }
 // The pairs of 16 numbers at a and 16 at b, each null for 0.
 FR_INLINE Vec<float> pair_up(const bf16* a, const bf16* b, int64_t n) {
-  const Words low = a ? (Words)load(a, n).v >> 16 : Words{}, high = b ? (Words)load(b, n).v : Words{};
+  const WideBits low = a ? (WideBits)load(a, n).v >> 16 : WideBits{}, high = b ? (WideBits)load(b, n).v : WideBits{};
   return Vec<float>((Vec<float>::Raw)(low | high));
 }
 
