@@ -69,7 +69,7 @@ def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor)
         raise SystemExit(f"not timed: errors {wrong} exceed {allowed:.2e} on shape {tuple(x.shape)}")
 
 
-def measure(name: str, shape: tuple[int, ...], gradient: bool) -> list[dict]:
+def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: bool) -> list[dict]:
     """Rows of one shape; printed as they come."""
     time, batch, layers, hidden, inputs = shape
     torch.manual_seed(0)
@@ -77,7 +77,9 @@ def measure(name: str, shape: tuple[int, ...], gradient: bool) -> list[dict]:
     theirs, layer = getattr(nn, name)(*sizes), getattr(fastrnn, name)(*sizes)
     layer.load_state_dict(theirs.state_dict())
     double = copy.deepcopy(theirs).double()
-    x = torch.randn(batch, inputs) if name in CELLS else torch.randn(time, batch, inputs)
+    theirs, layer = theirs.to(dtype), layer.to(dtype)
+    double.load_state_dict(theirs.state_dict())
+    x = (torch.randn(batch, inputs) if name in CELLS else torch.randn(time, batch, inputs)).to(dtype)
     rivals = {"auto": runner(layer, x, None, True, gradient)}
     for backend, why in fastrnn.backends.available().items():
         if why is None and backend != "reference":
@@ -87,10 +89,10 @@ def measure(name: str, shape: tuple[int, ...], gradient: bool) -> list[dict]:
     check(rivals, double, x)
     timings = interleaved(rivals)
     best = min(timings["torch"].median, timings["torch without oneDNN"].median)
-    op = f"{name} {'forward+backward' if gradient else 'forward'}"
+    op, precision = f"{name} {'forward+backward' if gradient else 'forward'}", str(dtype).removeprefix("torch.")
     figures = "  ".join(f"{rival} {t.median:.0f} ({best / t.median:.2f}x)" for rival, t in timings.items())
-    print(f"{op} T={time} B={batch} L={layers} H={hidden} I={inputs}: {figures}", flush=True)
-    sizes = dict(dtype="float32", T=time, B=batch, I=inputs, H=hidden, L=layers)
+    print(f"{op} {precision} T={time} B={batch} L={layers} H={hidden} I={inputs}: {figures}", flush=True)
+    sizes = dict(dtype=precision, T=time, B=batch, I=inputs, H=hidden, L=layers)
     return [row(op, rival, timing, **sizes) for rival, timing in timings.items()]
 
 
@@ -104,8 +106,9 @@ def main() -> None:
     rows = []
     for shape in QUICK if options.quick else SHAPES:
         for name in LAYERS + CELLS if shape[0] == shape[2] == 1 else LAYERS:
-            for gradient in (False, True):
-                rows += measure(name, shape, gradient)
+            for dtype in (torch.float32, torch.bfloat16):
+                for gradient in (False, True):
+                    rows += measure(name, shape, dtype, gradient)
     write_csv(options.output, rows)
     print(f"wrote {options.output}")
 

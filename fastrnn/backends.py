@@ -158,26 +158,38 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
     if call.op not in CELLS:
         return ("cpu", "C++ kernels"), last
     fused = ("aten", "PyTorch's fused RNN runs the whole stack in one call")
-    if _little_work(call):
-        return ("cpu", "little work a step: the C++ kernels pack no weights and have no cost a step"), fused, last
+    if _little_work(call) if call.time == 1 else _kernels_win(call):
+        return ("cpu", "C++ kernels: no cost a step, gates fused with the products"), fused, last
     return fused, ("cpu", "C++ kernels"), last
 
 
+def _kernels_win(call: Call) -> bool:
+    """Where the C++ kernels beat PyTorch on a CPU over a sequence (bench/results/sequence.csv): everywhere but for the
+    LSTM in training, where oneDNN or MKL are level with them, and for so few steps that a call's fixed cost rules.
+    """
+    if not call.needs_grad or call.op == "gru":
+        return True
+    if call.time * call.batch * call.hidden <= 1024:
+        return False
+    if call.op == "rnn" or call.dtype == torch.bfloat16:
+        return True
+    units = call.batch * call.hidden
+    in_onednn = call.dtype == torch.float32 and not call.projection
+    return call.batch <= 2 or (units >= 32768 if in_onednn else units <= 4096)
+
+
 def _little_work(call: Call) -> bool:
-    """Where the C++ kernels beat PyTorch on a CPU (bench/results/sequence.csv): where a step is so little work that
-    PyTorch's cost a step counts; less often for the LSTM, which oneDNN has.
+    """Where one step is so little work that PyTorch's fixed cost counts; less often for the LSTM, which oneDNN has.
 
     A single step's cost is Python and dispatch, of which the way to the kernels has less; with a gradient, PyTorch's
     products are the faster ones for wide states, and its RNN cell is hardly more than they.
     """
     area = call.batch * call.hidden
-    if call.time == 1:
-        if not call.needs_grad:
-            return call.batch <= 16 or area <= 4096
-        if call.op == "lstm":
-            return call.hidden <= 64 and area <= 1024
-        return call.op == "gru" and call.hidden <= 128 and area <= 4096
-    return call.batch <= 2 or (call.op != "lstm" and area <= 4096)
+    if not call.needs_grad:
+        return call.batch <= 16 or area <= 4096
+    if call.op == "lstm":
+        return call.hidden <= 64 and area <= 1024
+    return call.op == "gru" and call.hidden <= 128 and area <= 4096
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------
