@@ -160,6 +160,10 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unk", choices=("error", "skip"), default="error", help="characters the model does not know (%(default)s)"
     )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "int8"), default="float32",
+        help="of the weights: fewer bits are faster; what they cost in bits a token is printed (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--logprobs", action="store_true", help="add each token's log-probability")
     parser.add_argument("--nll", action="store_true", help="add the sum of the negative log-probabilities")
     parser.add_argument("--json", action="store_true", help="with -p: one JSON object instead of text")

@@ -29,6 +29,9 @@ def run(options: argparse.Namespace) -> int:
     from .models import LanguageModel
 
     model = LanguageModel.from_pretrained(options.model, device=set_up(options.device, options.threads))
+    if options.precision != "float32":
+        cost = model.precision_cost(**_precision(options))
+        print(f"{options.precision} weights cost {cost:.4f} bits a token of the model's own text", file=sys.stderr)
     if options.input is None:
         return _one(model, options)
     return _many(model, options, shard)
@@ -48,6 +51,13 @@ def shard_of(text: str | None, environment: Any) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def _precision(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `LanguageModel.generate` that ask for --precision."""
+    import torch
+
+    return {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}[options.precision]
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in SWEPT}
 
@@ -55,7 +65,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _one(model: Any, options: argparse.Namespace) -> int:
     """The prompt of ``-p``, streamed unless numbers or several results are asked for."""
     prompt = options.prompt or ""
-    common = {"unk": options.unk, "stop_strings": options.stop, **_settings(options)}
+    common = {"unk": options.unk, "stop_strings": options.stop, **_settings(options), **_precision(options)}
     if not (options.json or options.logprobs or options.nll or options.n > 1):
         last = "\n"
         for piece in model.stream(prompt, **common):
@@ -153,7 +163,7 @@ def _run_group(
         return model.generate(
             [line.prompt for line in some], sequence_id=[line.index for line in some], num_return_sequences=n,
             stop_strings=list(stop), unk=options.unk, return_logprobs=logprobs, return_nll=options.nll,
-            batch_size=options.batch_size, **{**swept, **changed},
+            batch_size=options.batch_size, **{**swept, **changed}, **_precision(options),
         )  # fmt: skip
 
     refused: dict[int, tuple[list[Any], str | None]] = {}

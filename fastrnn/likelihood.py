@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .generate import generate
 from .inference import Inference
 from .network import Network
+from .request import Request
 
 GROUP_ROWS = 64
 CHUNK_STEPS = 256
 LOGITS_AT_ONCE = 1 << 24  # elements
+COST_SEQUENCES, COST_TOKENS = 64, 64  # of text that `precision_cost` is measured on
 
 
 def log_likelihoods(network: Network, sequences: Sequence[Tensor]) -> list[Tensor]:
@@ -34,6 +38,24 @@ def log_likelihoods(network: Network, sequences: Sequence[Tensor]) -> list[Tenso
             for r, values in zip(group, _group(inference, [sequences[r] for r in group])):
                 result[r] = values
         return result
+
+
+def precision_cost(network: Network, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> float:
+    """What weights of fewer bits (as in `generate.make_runner`) cost, in bits a token.
+
+    The mean over 64 texts of 64 tokens that the network writes with them of log2 q / p: q the probability that it gave
+    a token, p what it gives with its own weights; an estimate of the Kullback-Leibler divergence.
+    """
+    vocab = network.config.vocab_size
+    starts = [[k * vocab // COST_SEQUENCES] for k in range(COST_SEQUENCES)]
+    asked = [Request(ids, COST_TOKENS, sequence=k, logprobs=True) for k, ids in enumerate(starts)]
+    done = sorted(generate(network, asked, dtype=dtype, quantize=quantize), key=lambda completion: completion.index)
+    if failed := next((completion.error for completion in done if completion.error), None):
+        raise RuntimeError(f"the cost of these weights cannot be measured: {failed}")
+    texts = [torch.tensor([*ids, *completion.token_ids]) for ids, completion in zip(starts, done)]
+    own = torch.cat(log_likelihoods(network, texts))
+    given = torch.tensor([value for completion in done for value in completion.logprobs])
+    return float((given.double() - own.double()).mean()) / math.log(2)
 
 
 def _group(inference: Inference, sequences: list[Tensor]) -> list[Tensor]:

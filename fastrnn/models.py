@@ -13,7 +13,7 @@ from torch import Tensor
 from . import storage
 from .defaults import GenerationConfig, checked_stops
 from .generate import Runner, make_engine, make_runner, prefill
-from .likelihood import log_likelihoods
+from .likelihood import log_likelihoods, precision_cost
 from .network import Network, NetworkConfig
 from .planning import OPTIONS, Output, eos_ids, plan, requests
 from .reading import TextReader
@@ -121,7 +121,7 @@ class LanguageModel(Network):
         batch_size: rows at once. unk: "error", "skip" or "unk", what unknown characters of a prompt do.
         state: continue from `prefill`; prompts follow it and may be empty. window: tokens that are run for each new one
         in a model with window state (default: the config's). dtype=torch.bfloat16 or quantize="int8": run a copy of the
-        weights with fewer bits, faster and a little less exact (`fastrnn score` tells what it costs).
+        weights with fewer bits, faster and a little less exact; `precision_cost` tells how much.
         """
         given = {name: value for name, value in locals().items() if name in OPTIONS and value is not None}
         single = _is_single(prompts)
@@ -203,6 +203,10 @@ class LanguageModel(Network):
     def _reader(self, request: Request, stops: list[str]) -> TextReader:
         decoder = _NoText() if self.tokenizer is None else self.tokenizer.stream_decoder()
         return TextReader(decoder, stops, request.eos)
+
+    def precision_cost(self, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> float:
+        """What ``generate(dtype=..., quantize=...)`` costs, in bits a token: see `likelihood.precision_cost`."""
+        return precision_cost(self, dtype=dtype, quantize=quantize)
 
     # --- scores ---
 

@@ -1,6 +1,7 @@
 """``fastrnn generate``: one prompt, files of requests, shards, pipes and interrupts."""
 
 import json
+import re
 import select
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from cli_cases import COMMAND, ENVIRONMENT, fastrnn, folder, model, results
 
-from fastrnn import jsonl
+from fastrnn import backends, jsonl
 from fastrnn.cli import UsageError
 from fastrnn.cli_generate import shard_of
 from fastrnn.models import LanguageModel
@@ -28,6 +29,15 @@ def test_generate_one_prompt(capsys, model):
     assert answer["nll"] == pytest.approx(-sum(answer["logprobs"]))
     texts = fastrnn(capsys, "generate", model, *options, "-n", 3)[1]
     assert texts.startswith(expected.text)
+
+
+@pytest.mark.skipif(backends.extension_missing() is not None, reason="needs the C++ extension (make build)")
+def test_fewer_bits_say_what_they_cost(capsys, model):
+    expected = LanguageModel.from_pretrained(model).generate("the", max_new_tokens=12, seed=5, quantize="int8")
+    options = ("-p", "the", "--max-new-tokens", 12, "--seed", 5, "--precision", "int8")
+    code, out, err = fastrnn(capsys, "generate", model, *options)
+    assert (code, out.rstrip("\n")) == (0, expected.text.rstrip("\n"))
+    assert re.search(r"int8 weights cost -?\d\.\d{4} bits a token", err)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_an_explicit_backend_is_asked(asked):
             assert fastrnn.explain(module, x)[0][1].backend == name
     assert asked == ["reference", "aten"]
     with fastrnn.backend("cpu"), pytest.raises(fastrnn.BackendRefusal, match="gru: the backend 'cpu' was asked for"):
-        module.bfloat16()(x.bfloat16())
+        module.half()(x.half())
 
 
 class Mode(TorchDispatchMode):

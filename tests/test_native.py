@@ -10,6 +10,7 @@ import oracle
 from fastrnn.engine import Engine
 from fastrnn.generate import generate, make_engine, make_runner, prefill
 from fastrnn.inference import Inference
+from fastrnn.likelihood import precision_cost
 from fastrnn.native import NativeEngine, PackedNetwork
 from fastrnn.network import CELLS, INPUTS, Network, NetworkConfig
 from fastrnn.request import Completion, Request
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ISAS = ("portable", "avx2", "avx512", "amx")
+PRECISIONS = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}
 
 
 @pytest.fixture
@@ -104,13 +106,12 @@ def test_bfloat16_weights_cost_what_bfloat16_costs(isa: str, cell: str, set_isa)
         oracle.assert_close(logprobs(done), exact, plain, f"H={hidden} {kind}")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_a_request_depends_on_nothing_beside_it(cell: str, precision: str) -> None:
     """Tokens and log-probabilities, bit for bit: batch sizes around the tiles', any order, one and two threads."""
     network = make(cell=cell, hidden_size=40)
-    options = {"dtype": torch.bfloat16} if precision == "bfloat16" else {}
-    options |= {"quantize": "int8"} if precision == "int8" else {}
+    options = PRECISIONS[precision]
     asked = requests(150)
     expected = run(network, asked, **options)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(5)).tolist()
@@ -271,6 +272,14 @@ def test_who_runs_a_network() -> None:
 def test_bad_precisions_are_refused(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text.replace("(", r"\(")):
         run(make(), requests(1), **options)
+
+
+def test_fewer_bits_cost_little_and_are_counted() -> None:
+    """bfloat16 and int8 of a network that is sure of its next token; weights of its own cost nothing."""
+    network = make(60, hidden_size=64, sharpen=8)
+    costs = {name: precision_cost(network, **options) for name, options in PRECISIONS.items()}
+    assert abs(costs["float32"]) < 1e-5
+    assert 1e-7 < costs["bfloat16"] < costs["int8"] < 0.1
 
 
 def test_int8_refuses_a_state_without_bounds() -> None:
