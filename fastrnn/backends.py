@@ -165,13 +165,13 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
 
 def _kernels_win(call: Call) -> bool:
     """Where the C++ kernels beat PyTorch on a CPU over a sequence (bench/results/sequence.csv): everywhere but for the
-    LSTM in training, where oneDNN or MKL are level with them, and for so few steps that a call's fixed cost rules.
+    LSTM in training, where oneDNN or MKL are level with them, and a RNN of so few steps that its fixed cost rules.
     """
     if not call.needs_grad or call.op == "gru":
         return True
-    if call.time * call.batch * call.hidden <= 1024:
-        return False
-    if call.op == "rnn" or call.dtype == torch.bfloat16:
+    if call.op == "rnn":
+        return call.time * call.batch * call.hidden > 1024
+    if call.dtype == torch.bfloat16:
         return True
     units = call.batch * call.hidden
     in_onednn = call.dtype == torch.float32 and not call.projection
