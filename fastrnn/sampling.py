@@ -279,7 +279,7 @@ def sample(
     if mask is not None:
         mask = mask.to(device).reshape(-1, table.shape[1]).contiguous()
     *columns, seeds = _columns(rows, device, keep, temperature, top_k, top_p, min_p, seed)
-    if keep and step == 0 and type(step) is int:
+    if keep and type(step) is int and step == 0:
         steps = _cached_zeros(rows, device, torch.int64)
     else:
         steps = _parameter("step", step, rows, device)

@@ -102,7 +102,8 @@ def assert_same_bits(actual, expected, what):
     assert torch.equal(actual.contiguous().view(as_bits), expected.contiguous().view(as_bits)), what
 
 
-# Sizes around the tiles: 1 and 4 columns, 1, 2 and 6 rows, vectors of 2 to 16, sums blocked by 128.
+# Sizes around the tiles: 1 to 8 rows or 16, vectors of 2 to 16, 32 numbers of a row, blocks of 64 rows or more in the
+# forward and chunks of 512 or 1024 in the backward pass.
 SHAPES = [
     dict(time=1, batch=1, inputs=1, hidden=1),
     dict(time=5, batch=3, inputs=7, hidden=5, masked=True),
@@ -112,6 +113,8 @@ SHAPES = [
     dict(time=30, batch=13, inputs=16, hidden=17, masked=True, reverse=True, bias="ih"),
     dict(time=60, batch=7, inputs=3, hidden=33),
     dict(time=2, batch=6, inputs=150, hidden=140),
+    dict(time=90, batch=13, inputs=5, hidden=20, masked=True, reverse=True),
+    dict(time=2, batch=300, inputs=3, hidden=140, masked=True),
 ]
 
 
