@@ -19,6 +19,9 @@ using fr::MaybeTensor;
 using fr::ScalarType;
 using fr::Tensor;
 
+constexpr int64_t kMostRows = 1 << 24, kMostThreads = 1 << 12;
+constexpr int64_t kMostMicroseconds = int64_t{1} << 50;
+
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error("generator: " + what); }
 
 // Objects by number. A number that is in use by a call keeps its object alive.
@@ -99,9 +102,15 @@ int64_t generator_pack(std::string cell, std::string precision, MaybeTensor inpu
                        bool bias, Tensor head, MaybeTensor head_bias) {
   fr::NetworkWeights n{};
   n.cell = cell_of(cell);
-  n.V = head.size(0), n.H = head.size(1), n.E = inputs ? inputs->size(1) : n.V;
+  n.V = head.size(0), n.H = head.size(-1);
+  if (head.dim() != 2 || n.V < 1 || n.V > fr::kMaxVocabulary || n.H < 1)
+    fail("head must be (V, H), V up to " + std::to_string(fr::kMaxVocabulary) + ", got " + fr::shape_of(head));
+  if (inputs && inputs->dim() != 2) fail("inputs must be (V, E), got " + fr::shape_of(*inputs));
   const size_t per_layer = bias ? 4 : 2;
-  n.L = static_cast<int64_t>(weights.size() / per_layer);
+  if (weights.empty() || weights.size() % per_layer)
+    fail("weights must be " + std::to_string(per_layer) + " tensors of each of one or more layers, got " +
+         std::to_string(weights.size()));
+  n.E = inputs ? inputs->size(1) : n.V, n.L = static_cast<int64_t>(weights.size() / per_layer);
   const int64_t rows = fr::gates_of(n.cell) * n.H;
   for (size_t at = 0; at < weights.size(); at += per_layer) {
     n.w_ih.push_back(dense<float>("w_ih", weights[at], rows * (at ? n.H : n.E)));
@@ -118,14 +127,24 @@ int64_t generator_pack(std::string cell, std::string precision, MaybeTensor inpu
 int64_t weight_bytes(int64_t network) { return networks().get(network)->weight_bytes; }
 
 int64_t generator_start(int64_t network, int64_t rows, bool windowed, int64_t threads) {
-  if (rows < 1 || threads < 1) fail("rows and threads must be at least 1");
+  if (rows < 1 || rows > kMostRows) fail("rows must be 1 to " + std::to_string(kMostRows));
+  if (threads < 1 || threads > kMostThreads) fail("threads must be 1 to " + std::to_string(kMostThreads));
   return sessions().put(
       std::make_shared<Running>(std::make_unique<fr::Session>(networks().get(network), rows, windowed, threads)));
+}
+
+// n ids, each of the vocabulary.
+std::vector<int32_t> ids_below(const char* name, const int64_t* id, int64_t n, int64_t V) {
+  for (int64_t i = 0; i < n; ++i)
+    if (id[i] < 0 || id[i] >= V)
+      fail(std::string(name) + " must hold ids in 0 .. " + std::to_string(V - 1) + ", got " + std::to_string(id[i]));
+  return std::vector<int32_t>(id, id + n);
 }
 
 // The start states of a batch of requests: h, c, logits, tail, seen of each in turn; c is empty where h is all.
 std::vector<std::shared_ptr<const fr::StartState>> start_states(const std::vector<Tensor>& parts,
                                                                 const fr::PackedNetwork& net) {
+  if (parts.size() % 5) fail("states must hold five tensors of each state, got " + std::to_string(parts.size()));
   std::vector<std::shared_ptr<const fr::StartState>> states;
   for (size_t i = 0; i + 4 < parts.size(); i += 5) {
     auto state = std::make_shared<fr::StartState>();
@@ -135,8 +154,7 @@ std::vector<std::shared_ptr<const fr::StartState>> start_states(const std::vecto
     state->c.assign(c, c + parts[i + 1].numel());
     const float* logits = dense<float>("logits", parts[i + 2], net.V);
     state->logits.assign(logits, logits + net.V);
-    const int64_t* tail = dense<int64_t>("tail", parts[i + 3]);
-    state->tail.assign(tail, tail + parts[i + 3].numel());
+    state->tail = ids_below("tail", dense<int64_t>("tail", parts[i + 3]), parts[i + 3].numel(), net.V);
     const bool* seen = dense<bool>("seen", parts[i + 4], net.V);
     state->seen.assign(seen, seen + net.V);
     states.push_back(std::move(state));
@@ -161,7 +179,15 @@ enum Column {
 };
 enum Real { kScale, kMinP, kPenalty, kInversePenalty, kReals };
 
-// numbers (n, kColumns), reals (n, kReals); ids: each request's prompt, then its eos ids, in turn.
+// What a session relies on.
+void check(const fr::GenerationRequest& q, bool windowed) {
+  const bool starts = q.start && (!windowed || !q.start->tail.empty());
+  if (q.prompt.empty() && !starts) fail("a request needs a prompt or a start state that has read some");
+  if (q.max_new_tokens < 1 || q.mode_of < 1) fail("max_new_tokens and mode_of must be at least 1");
+  if (windowed && q.window < 1) fail("window must be at least 1");
+}
+
+// numbers (n, kColumns), reals (n, kReals); ids: each request's prompt, then its eos ids, in turn. Adds all or none.
 void generator_add(int64_t session, Tensor numbers, Tensor reals, Tensor ids, std::vector<Tensor> states) {
   const auto running = sessions().get(session);
   const std::lock_guard<std::mutex> guard(running->guard);
@@ -169,23 +195,28 @@ void generator_add(int64_t session, Tensor numbers, Tensor reals, Tensor ids, st
   const int64_t* number = dense<int64_t>("numbers", numbers, n * kColumns);
   const float* real = dense<float>("reals", reals, n * kReals);
   const int64_t *id = dense<int64_t>("ids", ids), *end = id + ids.numel();
-  const auto starts = start_states(states, running->session->network());
-  for (int64_t i = 0; i < n; ++i, number += kColumns, real += kReals) {
-    if (number[kPrompt] < 0 || number[kEos] < 0 || number[kPrompt] + number[kEos] > end - id)
+  const fr::PackedNetwork& net = running->session->network();
+  const auto starts = start_states(states, net);
+  std::vector<fr::GenerationRequest> requests(static_cast<size_t>(n));
+  for (fr::GenerationRequest& q : requests) {
+    if (number[kPrompt] < 0 || number[kPrompt] > end - id || number[kEos] < 0 ||
+        number[kEos] > end - id - number[kPrompt])
       fail("ids must hold every prompt and eos");
     if (number[kState] >= static_cast<int64_t>(starts.size())) fail("states must hold every state");
-    fr::GenerationRequest q{};
     q.index = number[kIndex];
-    q.prompt.assign(id, id + number[kPrompt]), id += number[kPrompt];
-    q.eos.assign(id, id + number[kEos]), id += number[kEos];
+    q.prompt = ids_below("a prompt", id, number[kPrompt], net.V), id += number[kPrompt];
+    for (const int64_t* eos_end = id + number[kEos]; id < eos_end; ++id)
+      if (*id >= 0 && *id < net.V) q.eos.push_back(static_cast<int32_t>(*id));  // no other is ever drawn
     if (number[kState] >= 0) q.start = starts[static_cast<size_t>(number[kState])];
     q.max_new_tokens = number[kMaxNew], q.top_k = number[kTopK], q.top_p = number[kTopP];
     q.seed = number[kSeed], q.sequence = number[kSequence], q.mode_of = number[kModeOf];
     q.logprobs = number[kLogprobs] != 0, q.window = number[kWindow];
     q.scale = real[kScale], q.min_p = real[kMinP], q.penalty = real[kPenalty];
     q.inverse_penalty = real[kInversePenalty];
-    running->session->add(std::move(q));
+    check(q, running->session->windowed());
+    number += kColumns, real += kReals;
   }
+  for (fr::GenerationRequest& q : requests) running->session->add(std::move(q));
 }
 
 Tensor vector_of(const Tensor& like, int64_t n, ScalarType dtype) {
@@ -198,6 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> generator_run(Tensor like, in
                                                                  int64_t steps, bool more, bool keep_events) {
   const auto running = sessions().get(session);
   const std::lock_guard<std::mutex> guard(running->guard);
+  if (microseconds < 0 || microseconds > kMostMicroseconds || steps < 0)
+    fail("microseconds and steps must not be negative, microseconds at most 2^50");
   fr::Session& s = *running->session;
   s.run(microseconds, steps, more, keep_events);
   const std::vector<fr::GenerationResult> results = s.take_results();
@@ -235,10 +268,11 @@ void generator_stop(int64_t session, int64_t index) {
 // h, c (L, H) and logits (V,) after ids (T,) from h, c; c is empty where h is all.
 std::tuple<Tensor, Tensor, Tensor> generator_read(int64_t network, Tensor ids, Tensor h, Tensor c, int64_t threads) {
   const auto net = networks().get(network);
-  const int64_t size = net->L * net->H, *id = dense<int64_t>("ids", ids);
+  if (threads < 1 || threads > kMostThreads) fail("threads must be 1 to " + std::to_string(kMostThreads));
+  const int64_t size = net->L * net->H;
+  const std::vector<int32_t> narrow = ids_below("ids", dense<int64_t>("ids", ids), ids.numel(), net->V);
   fr::RowStates states(*net, 1);
   states.set_row(0, dense<float>("h", h, size), dense<float>("c", c, net->cell == fr::Cell::lstm ? size : 0));
-  const std::vector<int32_t> narrow(id, id + ids.numel());
   fr::PromptReader reader(*net, 1);
   fr::Team team(threads);
   const auto length = static_cast<int64_t>(narrow.size());

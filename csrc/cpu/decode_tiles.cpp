@@ -322,7 +322,7 @@ static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, co
 template <class T> static void to_activations(const float* from, int64_t n, void* to) {
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (T::is_int8) {
-      const float x = from[i] > 1.0f ? 1.0f : from[i] < -1.0f ? -1.0f : from[i];
+      const float x = from[i] > 1.0f ? 1.0f : from[i] > -1.0f ? from[i] : -1.0f;  // NaN, which int8 has not, is -1
       static_cast<int8_t*>(to)[i] = static_cast<int8_t>(__builtin_rintf(x * 127.0f));
     } else {
       static_cast<bf16*>(to)[i] = to_bfloat16(from[i]);

@@ -38,6 +38,26 @@ void raise_to_largest(const float* w, int64_t rows, int64_t K, std::vector<float
       most[static_cast<size_t>(r)] = std::max(most[static_cast<size_t>(r)], std::fabs(w[r * K + k]));
 }
 
+// Refuses what int8 weights and activations cannot stand for.
+void check_int8(const NetworkWeights& from) {
+  constexpr int64_t widest = INT32_MAX / (2 * 127 * 127);  // the sum of both products of a layer is one int32
+  if (from.cell == Cell::rnn_relu)
+    throw std::invalid_argument("int8 needs a state within -1 .. 1, which relu does not give; use bfloat16");
+  if (from.H > widest)
+    throw std::invalid_argument("int8 sums up to " + std::to_string(widest) + " hidden units, here " +
+                                std::to_string(from.H) + "; use bfloat16");
+  const auto check = [](const float* w, int64_t n) {
+    for (int64_t i = 0; w && i < n; ++i)
+      if (!std::isfinite(w[i])) throw std::invalid_argument("int8 needs weights without NaN and infinity");
+  };
+  const int64_t rows = gates_of(from.cell) * from.H;
+  for (size_t l = 0; l < from.w_ih.size(); ++l) {
+    check(from.w_ih[l], rows * (l ? from.H : from.E)), check(from.w_hh[l], rows * from.H);
+    check(from.b_ih[l], rows), check(from.b_hh[l], rows);
+  }
+  check(from.inputs, from.V * from.E), check(from.head, from.V * from.H), check(from.head_bias, from.V);
+}
+
 Panels linear_panels(const DecoderKernels& k, const float* w, int64_t rows, int64_t K, int64_t vectors,
                      const float* largest) {
   Panels m;
@@ -154,8 +174,7 @@ const DecoderKernels& decoder_kernels(Precision precision) {
 }
 
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision) {
-  if (precision == Precision::int8 && from.cell == Cell::rnn_relu)
-    throw std::invalid_argument("int8 needs a state within -1 .. 1, which relu does not give; use bfloat16");
+  if (precision == Precision::int8) check_int8(from);
   auto net = std::make_unique<PackedNetwork>();
   const DecoderKernels& k = decoder_kernels(precision);
   net->cell = from.cell, net->precision = precision, net->kernels = &k;

@@ -85,7 +85,7 @@ void Lane::place(GenerationRequest request, int64_t row) {
   const auto r = static_cast<size_t>(row);
   scale_[r] = request.scale, min_p_[r] = request.min_p, top_k_[r] = request.top_k, top_p_[r] = request.top_p;
   seed_[r] = request.seed, sequence_[r] = request.sequence, step_[r] = 0, left_[r] = request.max_new_tokens;
-  if (request.mode_of > votes_) drawer_ = make_drawer(net_.V, votes_ = request.mode_of);
+  if (request.mode_of > votes_) drawer_ = make_drawer(net_.V, request.mode_of), votes_ = request.mode_of;
   row_[r] = Row{};
   row_[r].request = std::move(request);
   row_[r].result.index = row_[r].request.index;

@@ -17,8 +17,8 @@ LayerJob layer_job(const PackedNetwork& net, int64_t layer, int64_t rows) {
   return job;
 }
 
-// Tiles read and write whole blocks of rows.
-int64_t whole_blocks(int64_t rows) { return (rows + 31) / 32 * 32; }
+// Tiles read whole blocks of rows from wherever a job's rows begin.
+constexpr int64_t kBlockRows = 32;
 
 // What ids read, side by side.
 void gather(const PackedNetwork& net, const int32_t* ids, int64_t n, const Memory& out) {
@@ -30,10 +30,9 @@ void gather(const PackedNetwork& net, const int32_t* ids, int64_t n, const Memor
 }  // namespace
 
 RowStates::RowStates(const PackedNetwork& net, int64_t capacity)
-    : net_(net), capacity_(capacity), gathered_(whole_blocks(capacity) * net.input_row) {
-  const int64_t rows = whole_blocks(capacity);
+    : net_(net), capacity_(capacity), gathered_((capacity + kBlockRows) * net.input_row) {
   for (int64_t l = 0; l < net.L; ++l) {
-    for (auto& buffer : activations_) buffer.emplace_back(rows * net.row);
+    for (auto& buffer : activations_) buffer.emplace_back((capacity + kBlockRows) * net.row);
     carry_.emplace_back(net.carried * capacity * 4);
   }
 }
@@ -112,10 +111,10 @@ PromptReader::PromptReader(const PackedNetwork& net, int64_t rows)
       rows_(rows),
       positions_(std::max(rows, kStretchElements / products_of(net))),
       states_(net, rows),
-      products_((positions_ + 32) * products_of(net) * 4),
-      gathered_((positions_ + 32) * net.input_row),
+      products_((positions_ + kBlockRows) * products_of(net) * 4),
+      gathered_((positions_ + kBlockRows) * net.input_row),
       ids_(static_cast<size_t>(positions_)) {
-  for (auto& buffer : outputs_) buffer = Memory((positions_ + 32) * net.row);
+  for (auto& buffer : outputs_) buffer = Memory((positions_ + kBlockRows) * net.row);
 }
 
 // The ids of all prompts, those of one position side by side: id t of prompt i lies at start[t] + i, and the first

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <iterator>
-#include <thread>
+#include <stdexcept>
 #include <utility>
 
 #include "lane.h"
@@ -68,6 +68,8 @@ void Session::run_lanes(size_t thread, size_t threads, int64_t steps, Lane::Cloc
 }
 
 void Session::run(int64_t microseconds, int64_t steps, bool more, bool keep_events) {
+  if (broken_) throw std::runtime_error("this generation has failed before and cannot go on");
+  broken_ = true;  // until the end: an exception leaves rows half done
   more_ = more, keep_events_ = keep_events;
   const auto deadline = Lane::Clock::now() + std::chrono::microseconds(microseconds);
   const size_t threads = std::min(static_cast<size_t>(threads_), lanes_.size());
@@ -79,13 +81,14 @@ void Session::run(int64_t microseconds, int64_t steps, bool more, bool keep_even
       failures[thread] = std::current_exception();
     }
   };
-  std::vector<std::thread> others;
-  for (size_t thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
+  Threads others;
+  for (size_t thread = 1; thread < threads; ++thread) others.start([&work, thread] { work(thread); });
   work(0);
-  for (std::thread& other : others) other.join();
+  others.join();
   ++first_lane_;
   for (const std::exception_ptr& failure : failures)
     if (failure) std::rethrow_exception(failure);
+  broken_ = false;
 }
 
 void Session::stop(int64_t index) {

@@ -17,13 +17,13 @@ namespace fr {
 struct StartState {
   std::vector<float> h, c;    // (L, H); c for the LSTM
   std::vector<float> logits;  // (V,) of the next token, for a request without a prompt
-  std::vector<int32_t> tail;  // window state: the last ids
+  std::vector<int32_t> tail;  // window state: the last ids, below V
   std::vector<uint8_t> seen;  // (V,) for the repetition penalty
 };
 
 struct GenerationRequest {
   int64_t index;
-  std::vector<int32_t> prompt;              // at least one id, or a start with logits (window state: with a tail)
+  std::vector<int32_t> prompt;              // ids below V, at least one, or a start with logits (window: with a tail)
   std::shared_ptr<const StartState> start;  // or null
   int64_t max_new_tokens;                   // at least 1
   float scale, min_p;                       // the draw's parameters, as in fr::Sample
@@ -31,7 +31,7 @@ struct GenerationRequest {
   float penalty, inverse_penalty;  // repetition penalty: 1 is off
   bool logprobs;
   std::vector<int32_t> eos;
-  int64_t window;  // window state: how many ids are run for a token
+  int64_t window;  // window state: how many ids are run for a token, at least 1
 };
 
 enum class Finish : int64_t { length = 0, eos = 1, error = 2, stop = 3 };
@@ -58,7 +58,8 @@ class Session {
 
   void add(GenerationRequest request);
   // Runs until `microseconds` have passed (looking at the clock between steps), every row has made `steps` steps, all
-  // is done, or rows are idle while `more` requests could be added. keep_events: remember each token.
+  // is done, or rows are idle while `more` requests could be added. keep_events: remember each token. After an
+  // exception the session only holds what it has finished.
   void run(int64_t microseconds, int64_t steps, bool more, bool keep_events);
   // Ends request `index` if it runs; its result holds what it has drawn.
   void stop(int64_t index);
@@ -68,6 +69,7 @@ class Session {
   int64_t queued() const { return static_cast<int64_t>(queue_.size()); }
   int64_t running() const;
   const PackedNetwork& network() const { return *net_; }
+  bool windowed() const { return windowed_; }
 
  private:
   friend class Lane;
@@ -76,7 +78,7 @@ class Session {
   void run_lanes(size_t thread, size_t threads, int64_t steps, std::chrono::steady_clock::time_point deadline);
 
   std::shared_ptr<const PackedNetwork> net_;
-  bool windowed_, more_ = false, keep_events_ = false;
+  bool windowed_, more_ = false, keep_events_ = false, broken_ = false;
   int64_t threads_, team_;
   std::mutex queue_guard_;  // lanes on several threads take requests
   std::deque<GenerationRequest> queue_;

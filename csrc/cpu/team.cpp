@@ -23,13 +23,19 @@ template <class Ready> void wait(const Ready& ready) {
 }  // namespace
 
 Team::Team(int64_t size) : size_(size) {
-  for (int64_t part = 1; part < size; ++part) members_.emplace_back([this, part] { serve(part); });
+  try {
+    for (int64_t part = 1; part < size; ++part) members_.start([this, part] { serve(part); });
+  } catch (...) {
+    end();  // those that have started would wait for ever
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { end(); }
+
+void Team::end() {
   ended_.store(true, std::memory_order_relaxed);
   posted_.fetch_add(1, std::memory_order_release);
-  for (std::thread& member : members_) member.join();
 }
 
 void Team::post(Task task, const void* context) {

@@ -9,6 +9,23 @@
 
 namespace fr {
 
+// Threads that are waited for at the end of the scope, also where starting the next one has failed.
+class Threads {
+ public:
+  Threads() = default;
+  ~Threads() { join(); }
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+  template <class Work> void start(Work work) { running_.emplace_back(work); }
+  void join() {
+    for (std::thread& thread : running_) thread.join();
+    running_.clear();
+  }
+
+ private:
+  std::vector<std::thread> running_;
+};
+
 // A team of `size` threads, the caller's among them; size 1 starts none. Members wait by spinning for a while and then
 // by yielding, because on a busy machine a member may not be running.
 class Team {
@@ -39,6 +56,7 @@ class Team {
   template <class C> void run_parts(Task task, const C& context) { post(task, &context); }
   void post(Task task, const void* context);
   void serve(int64_t part);
+  void end();
 
   int64_t size_;
   Task task_ = nullptr;
@@ -46,7 +64,7 @@ class Team {
   alignas(64) std::atomic<uint64_t> posted_{0};
   alignas(64) std::atomic<int64_t> left_{0};
   std::atomic<bool> ended_{false};
-  std::vector<std::thread> members_;
+  Threads members_;  // last: they are gone before what they read
 };
 
 }  // namespace fr
