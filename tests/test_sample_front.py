@@ -136,6 +136,7 @@ def test_a_number_or_one_a_row():
     same = {"top_k": [9] * 6, "top_p": torch.full((6,), 0.8, dtype=torch.float64), "min_p": np.full(6, 0.05)}
     more = {"seed": torch.full((6,), -5), "step": [4] * 6, "sequence": list(range(6))}
     assert torch.equal(sample(x, [0.7] * 6, **same, **more), base)
+    assert torch.equal(sample(x, 0.7, top_k=9, top_p=0.8, min_p=0.05, seed=-5, step=torch.full((6,), 4)), base)
     assert torch.equal(sample(x, np.float64(0.7), top_k=np.int64(9), top_p=0.8, min_p=0.05, seed=-5, step=4), base)
     mixed = sample(x, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0], seed=1)
     assert torch.equal(mixed[::2], x.argmax(-1)[::2])
