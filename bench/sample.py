@@ -56,7 +56,7 @@ def ours(logits: Tensor, backend: str | None, **options) -> Callable[[], object]
     return run
 
 
-def measure(batch: int, vocabulary: int, backends: list[str]) -> list[dict]:
+def measure(batch: int, vocabulary: int, backends: list[str], pace: dict[str, float]) -> list[dict]:
     """Rows of one shape; printed as they come."""
     logits = torch.randn(batch, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 3
     rivals: dict[tuple[str, str], Callable[[], object]] = {
@@ -75,7 +75,7 @@ def measure(batch: int, vocabulary: int, backends: list[str]) -> list[dict]:
             if not torch.equal(*tokens):
                 raise SystemExit(f"not timed: {backend} draws other tokens than the reference at {tuple(logits.shape)}")
             rivals[op, backend] = ours(logits, backend, **options)
-    timings = interleaved({" / ".join(key): run for key, run in rivals.items()})
+    timings = interleaved({" / ".join(key): run for key, run in rivals.items()}, **pace)
     rows = []
     for op, backend in rivals:
         timing = timings[f"{op} / {backend}"]
@@ -93,7 +93,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     backends = [name for name, missing in fastrnn.backends.available().items() if missing is None and name != "aten"]
-    rows = [line for shape in (QUICK if arguments.quick else SHAPES) for line in measure(*shape, backends)]
+    pace = {"rounds": 3, "seconds": 0.002} if arguments.quick else {}
+    shapes = QUICK if arguments.quick else SHAPES
+    rows = [line for shape in shapes for line in measure(*shape, backends, pace)]
     if arguments.output:
         write_csv(arguments.output, rows)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor)
         raise SystemExit(f"not timed: errors {wrong} exceed {allowed:.2e} on shape {tuple(x.shape)}")
 
 
-def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: bool) -> list[dict]:
+def measure(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: bool, pace: dict[str, float]
+) -> list[dict]:
     """Rows of one shape; printed as they come."""
     time, batch, layers, hidden, inputs = shape
     torch.manual_seed(0)
@@ -88,7 +91,7 @@ def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: boo
     if dtype != torch.bfloat16:  # which PyTorch multiplies 30 to 60 times slower without oneDNN
         rivals["torch without oneDNN"] = runner(theirs, x, None, False, gradient)
     check(rivals, double, x)
-    timings = interleaved(rivals)
+    timings = interleaved(rivals, **pace)
     best = min(timing.median for rival, timing in timings.items() if rival.startswith("torch"))
     op, precision = f"{name} {'forward+backward' if gradient else 'forward'}", str(dtype).removeprefix("torch.")
     figures = "  ".join(f"{rival} {t.median:.0f} ({best / t.median:.2f}x)" for rival, t in timings.items())
@@ -104,12 +107,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sequence.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = []
+    warnings.filterwarnings("ignore", message="TF32 acceleration")  # said whenever oneDNN is switched off
+    rows, pace = [], {"rounds": 3, "seconds": 0.002} if options.quick else {}
     for shape in QUICK if options.quick else SHAPES:
         for name in LAYERS + CELLS if shape[0] == shape[2] == 1 else LAYERS:
             for dtype in (torch.float32, torch.bfloat16):
                 for gradient in (False, True):
-                    rows += measure(name, shape, dtype, gradient)
+                    rows += measure(name, shape, dtype, gradient, pace)
     write_csv(options.output, rows)
     print(f"wrote {options.output}")
 

@@ -189,6 +189,7 @@ def _layer_by_layer(
     if directions == 1 and x.requires_grad:
         x = x.clone()  # the op keeps its y for backward, and a caller may write into this one, as after torch.nn.GRU
     hx = tuple(torch.stack(s) for s in zip(*ends))
-    if cell == "gru" and _autocast_dtype(x.device.type) is not None:  # torch.nn's answers in the dtype of its state
+    # torch.nn's GRU, and its LSTM of packed rows, answer in the dtype of their state.
+    if (cell == "gru" or (cell == "lstm" and lengths is not None)) and _autocast_dtype(x.device.type) is not None:
         x, hx = x.to(states[0].dtype), tuple(s.to(states[0].dtype) for s in hx)
     return x, (hx if cell == "lstm" else hx[0])

@@ -5,6 +5,10 @@
 // columns, the two of a pair side by side; of the sums 16 x 16 floats. Both factors are packed as whole tiles, 0 where
 // K ends. An output element depends on its row and column alone: a tile multiplies each of its rows the same way.
 
+#if FR_AMX
+#include "tile_shape.h"
+#endif
+
 namespace fr {
 namespace FR_ISA {
 
@@ -64,18 +68,6 @@ template <class RowOf> static void pack_right(int64_t K, int64_t n, RowOf row_of
     const Vec<float> v = pair_up(k < K ? row_of(k) : nullptr, k + 1 < K ? row_of(k + 1) : nullptr, n);
     __builtin_memcpy(out + k * tile_n, &v.v, sizeof v.v);
   }
-}
-
-// Tiles 0-3: sums, 4-5: left, 6-7: right; the sums and the left ones have `rows` rows.
-FR_INLINE void configure_tiles(int64_t rows) {
-  struct {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = i < 6 ? static_cast<uint8_t>(rows) : 16;
-  asm volatile("" ::"r"(&config) : "memory");  // the intrinsic does not say that it reads memory
-  _tile_loadconfig(&config);
 }
 
 // c = or += the product of RB row tiles and CB column tiles, each of KB tiles in a row.

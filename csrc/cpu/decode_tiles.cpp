@@ -15,6 +15,7 @@
 
 #include "vec.h"
 #include "activations.h"
+#include "tile_shape.h"
 #include "tile_block.h"
 #include "quick_gates.h"
 

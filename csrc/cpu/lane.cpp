@@ -10,7 +10,9 @@ namespace {
 constexpr int64_t kHeadBytes = 2048 << 10;  // of logits at once: they are drawn from while a core's cache holds them
 constexpr int64_t kLogEntries = 1 << 14;
 constexpr int64_t kReaderRows = 32;
-constexpr int64_t kStepsBetweenClocks = 8;
+// Bytes of weights times rows between two looks at the clock, which costs as much as a step of the smallest networks:
+// some 20 us of work.
+constexpr int64_t kWorkBetweenClocks = 1 << 22;
 
 int64_t rows_of_logits(const PackedNetwork& net, int64_t capacity) {
   const int64_t rows = kHeadBytes / (net.head_columns * 4) / 16 * 16;
@@ -25,6 +27,7 @@ Lane::Lane(Session& session, int64_t capacity)
       capacity_(capacity),
       head_rows_(rows_of_logits(net_, capacity)),
       log_steps_(std::max<int64_t>(16, kLogEntries / capacity)),
+      clock_steps_(std::clamp<int64_t>(kWorkBetweenClocks / (capacity * net_.weight_bytes), 1, 64)),
       states_(net_, capacity),
       reader_(net_, std::min(capacity, kReaderRows)),
       drawer_(make_drawer(net_.V, 1)),
@@ -46,7 +49,7 @@ void Lane::run(int64_t steps, Clock::time_point deadline, Team& team) {
     step_rows(step, team);
     ++step;
     remove_finished(step);
-    if ((step % kStepsBetweenClocks == 0 || session_.windowed_) && Clock::now() >= deadline) break;
+    if (step % clock_steps_ == 0 && Clock::now() >= deadline) break;
   }
   for (int64_t row = 0; row < rows_; ++row) {
     flush(row, step);

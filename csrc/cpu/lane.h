@@ -58,7 +58,7 @@ class Lane {
   Session& session_;
   const PackedNetwork& net_;
   int64_t capacity_, rows_ = 0, newcomers_ = 0;  // newcomers: rows after those that run, their prompts being read
-  int64_t head_rows_, log_steps_;
+  int64_t head_rows_, log_steps_, clock_steps_;
   RowStates states_;
   PromptReader reader_;
   std::unique_ptr<Drawer> drawer_;

@@ -12,6 +12,8 @@ namespace fr {
 namespace {
 
 constexpr int64_t kLaneRows = 256;  // beyond that, state and products of a lane leave a core's cache
+// Bytes of weights times rows of a lane: a step of it is at most some 50 ms of work, so that a call soon returns.
+constexpr int64_t kLaneWork = int64_t{1} << 33;
 // From this many weight bytes on a step is long enough for threads to meet in each layer of it.
 constexpr int64_t kTeamBytes = 1 << 20;
 // Below this many rows a thread, threads share the weights of a lane rather than its rows: most of the time then goes
@@ -28,7 +30,8 @@ Session::Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, bool wi
     lanes_.push_back(std::make_unique<Lane>(*this, rows));
     return;
   }
-  int64_t count = std::max(std::min(threads, rows), (rows + kLaneRows - 1) / kLaneRows);
+  const int64_t most = std::clamp<int64_t>(kLaneWork / net_->weight_bytes, 16, kLaneRows);
+  int64_t count = std::max(std::min(threads, rows), (rows + most - 1) / most);
   if (threads > 1 && count > threads) count = (count + threads - 1) / threads * threads;
   for (int64_t i = 0; i < count; ++i)
     lanes_.push_back(std::make_unique<Lane>(*this, rows * (i + 1) / count - rows * i / count));

@@ -3,7 +3,8 @@
 //
 // A tile of activations is 16 rows of 64 bytes, a tile of weights 16 groups of k for 16 lanes; both are read where they
 // lie. An element's sum runs over k in order whatever the shape of the block, so a row's bits do not depend on it. The
-// intrinsics want literal tile numbers, hence the spelled-out loops: 0-3 are sums, 4 and 5 activations, 5-7 weights.
+// intrinsics want literal tile numbers, hence the spelled-out loops: 0-3 are sums, 4 and 5 activations, 6
+// and 7 weights, as `configure_tiles` shapes them.
 
 namespace fr {
 namespace FR_ISA {
@@ -46,22 +47,6 @@ struct Operand {
   int64_t blocks;  // tiles along k
 };
 
-// The shape of the tiles: `rows` rows of activations and sums, whole tiles of weights.
-static FR_INLINE void configure_tiles(int64_t rows) {
-  struct alignas(64) {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } shape = {};
-  shape.palette = 1;
-  for (int tile = 0; tile < 8; ++tile) {
-    shape.row_bytes[tile] = 64;
-    shape.rows[tile] = static_cast<uint8_t>(tile < 5 ? rows : kTileRows);
-  }
-  asm volatile("" ::"r"(&shape) : "memory");  // the intrinsic does not say that it reads it
-  _tile_loadconfig(&shape);
-}
-
 // Adds an operand's products to sums 0 .. NV-1 of up to 16 rows; vector 2 goes to sums `third`. `between` runs after
 // each k: what it computes is hidden behind the tiles.
 template <class T, int NV, int third, class Between>
@@ -71,23 +56,23 @@ static FR_INLINE void add_narrow(const Operand& o, const Between& between) {
     const char* w = o.w + k * NV * kTileBytes;
     for (int64_t line = 0; line < NV * kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
     _tile_loadd(4, o.a + k * 64, o.row);
-    _tile_loadd(5, w, 64);
-    FR_TILE_DOT(0, 4, 5);
+    _tile_loadd(6, w, 64);
+    FR_TILE_DOT(0, 4, 6);
     if constexpr (NV > 1) {
-      _tile_loadd(6, w + kTileBytes, 64);
-      FR_TILE_DOT(1, 4, 6);
+      _tile_loadd(7, w + kTileBytes, 64);
+      FR_TILE_DOT(1, 4, 7);
     }
     if constexpr (NV > 2) {
-      _tile_loadd(7, w + 2 * kTileBytes, 64);
+      _tile_loadd(6, w + 2 * kTileBytes, 64);
       if constexpr (third == 2) {
-        FR_TILE_DOT(2, 4, 7);
+        FR_TILE_DOT(2, 4, 6);
       } else {
-        FR_TILE_DOT(3, 4, 7);
+        FR_TILE_DOT(3, 4, 6);
       }
     }
     if constexpr (NV > 3) {
-      _tile_loadd(5, w + 3 * kTileBytes, 64);
-      FR_TILE_DOT(3, 4, 5);
+      _tile_loadd(7, w + 3 * kTileBytes, 64);
+      FR_TILE_DOT(3, 4, 7);
     }
     between();
   }
