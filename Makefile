@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 EXTENSION := fastrnn/_C.abi3.so
 SOURCES := $(wildcard csrc/*.c csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh)
-FORMATTED := $(filter-out %.c %.inc,$(SOURCES)) $(wildcard tests/device/*.cu)
+FORMATTED := $(filter-out %.c %.inc,$(SOURCES)) $(wildcard tests/device/*.cu tests/native/*.cpp tests/native/*.h)
 , := ,
 NEEDED := torch numpy safetensors tokenizers tqdm setuptools pytest pytest_timeout hypothesis expecttest
 
@@ -21,12 +21,13 @@ quiet = mkdir -p build && { { $(2); } > build/$(1).log 2>&1 \
 	|| { tail -n 40 build/$(1).log; echo "$(1): failed; the whole output is in build/$(1).log"; exit 1; }; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format build setup clean distclean
+.PHONY: help demo test sanitize lint format build setup clean distclean
 
 help:
 	@echo "make demo       set up, then train a small model and generate from it: fastrnn demo"
 	@echo "make test       set up, then run the tests"
 	@echo "make build      set up only: virtual environment in $(VENV), packages, the compiled extension"
+	@echo "make sanitize   the kernels and the generation loop under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint       ruff and clang-format, changing nothing;  make format lets them change the files"
 	@echo "make clean      remove what was built;  make distclean removes the virtual environment too"
 	@echo "PYTHON=python3.12 picks the interpreter; SYSTEM=1 uses the packages it already has and no network"
@@ -38,6 +39,11 @@ demo: build
 test: build
 	@echo "test: pytest $(ARGS)"
 	@$(BIN)/python -m pytest $(ARGS)
+
+sanitize:
+	@echo "sanitize: compiling and running tests/native (2 minutes of processor time)"
+	@$(call quiet,sanitize,tests/native/sanitize)
+	@grep -a ' holds$$\|left out' build/sanitize.log
 
 setup: $(VENV)/.installed
 

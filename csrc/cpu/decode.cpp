@@ -111,7 +111,9 @@ template <int NV, class Tile> FR_INLINE void even_tiles(int64_t rows, const Tile
     switch (size) {
       case 1: tile(std::integral_constant<int, 1>{}, r); break;
       case 2: tile(std::integral_constant<int, 2>{}, r); break;
-      case 3: tile(std::integral_constant<int, 3>{}, r); break;
+      case 3:
+        if constexpr (most >= 3) tile(std::integral_constant<int, 3>{}, r);
+        break;
       case 4:
         if constexpr (most >= 4) tile(std::integral_constant<int, 4>{}, r);
         break;

@@ -8,6 +8,9 @@
 //
 // A file that defines FR_WITH_AMX gets a variant with the matrix tiles too, in which FR_AMX is 1; for the others that
 // instruction set is AVX-512.
+//
+// FR_WIDEST_ONLY=1 leaves out the variants below AVX-512, for programs that test the others: then an older processor
+// must not get here.
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -58,6 +61,7 @@ FR_TARGET_AVX512
 #undef FR_VEC_BYTES
 FR_TARGET_END
 
+#if !FR_WIDEST_ONLY
 FR_TARGET_AVX2
 #define FR_ISA avx2
 #define FR_VEC_BYTES 32
@@ -65,22 +69,27 @@ FR_TARGET_AVX2
 #undef FR_ISA
 #undef FR_VEC_BYTES
 FR_TARGET_END
+#endif
 #else
 #define FR_AMX 0
 #endif
 
+#if !FR_WIDEST_ONLY
 #define FR_ISA portable
 #define FR_VEC_BYTES 16
 #include FR_FILE
 #undef FR_ISA
 #undef FR_VEC_BYTES
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
 // The variant of a kernel that the current instruction set names.
-#if FR_X86
+#if FR_WIDEST_ONLY
+#define FR_DISPATCH(kernel, call) return current_isa() == Isa::amx ? FR_ISA_AMX::kernel(call) : avx512::kernel(call);
+#elif FR_X86
 #define FR_DISPATCH(kernel, call)                      \
   switch (current_isa()) {                             \
     case Isa::amx: return FR_ISA_AMX::kernel(call);    \

@@ -25,6 +25,7 @@ constexpr Variant variants[] = {
     {Isa::amx, "amx", "AVX-512 with bf16 and vnni, amx_tile, amx_bf16, amx_int8 and Linux 5.16 or later"},
 };
 
+#if FR_X86
 // AMX and the vector instructions that go with it, and the kernel's leave to use 8 KB of tile state.
 bool has_amx() {
 #if FR_KNOWS_AMX
@@ -41,6 +42,7 @@ bool has_amx() {
   return false;
 #endif
 }
+#endif
 
 bool cpu_has(Isa isa) {
   if (isa == Isa::portable) return true;

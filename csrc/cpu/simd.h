@@ -17,6 +17,10 @@
 #define FR_X86 0
 #endif
 #endif
+// 1 leaves only AVX-512 and above (each_isa.h).
+#ifndef FR_WIDEST_ONLY
+#define FR_WIDEST_ONLY 0
+#endif
 #if FR_X86
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
