@@ -170,7 +170,7 @@ const DecoderKernels& decoder_kernels(Precision precision) {
 #if FR_KNOWS_AMX
   if (precision != Precision::float32 && current_isa() == Isa::amx) return tile_decoder(precision);
 #endif
-  return float_decoder(precision);
+  return precision == Precision::int8 ? int8_decoder() : float_decoder(precision);
 }
 
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision) {

@@ -131,8 +131,9 @@ struct DecoderKernels {
 
 // The kernels of a precision on the current instruction set.
 const DecoderKernels& decoder_kernels(Precision precision);
-// Those of each file: decode.cpp with float activations, decode_tiles.cpp with matrix tiles.
+// Those of each file: decode.cpp with float activations, decode_int8.cpp, decode_tiles.cpp with matrix tiles.
 const DecoderKernels& float_decoder(Precision precision);
+const DecoderKernels& int8_decoder();
 const DecoderKernels& tile_decoder(Precision precision);
 
 }  // namespace fr
