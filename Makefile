@@ -41,7 +41,7 @@ test: build
 	@$(BIN)/python -m pytest $(ARGS)
 
 sanitize:
-	@echo "sanitize: compiling and running tests/native (2 minutes of processor time)"
+	@echo "sanitize: compiling and running tests/native (4 minutes of processor time)"
 	@$(call quiet,sanitize,tests/native/sanitize)
 	@grep -a ' holds$$\|left out' build/sanitize.log
 
