@@ -22,21 +22,25 @@ static void pack_panels(const S* w, int64_t K, int64_t p0, int64_t p1, int64_t N
   for (int64_t p = p0; p < p1; ++p)
     for (int64_t n = 0; n < NV; ++n) {
       const S* rows[W];
+      bool all = true;
       for (int64_t lane = 0; lane < W; ++lane) {
         const int64_t row = row_of(p, n, lane);
         rows[lane] = row < 0 ? nullptr : w + row * K;
+        all = all && row >= 0;
       }
       Real<S>* to = out + (p * K * NV + n) * W;
       for (int64_t k = 0; k < K; k += W) {
         V block[W];
-#pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) block[lane] = rows[lane] ? load(rows[lane] + k, K - k) : V(0);
-        transpose(block);
         const int64_t count = K - k < W ? K - k : W;
-        if (count == W) {
+        if (all && count == W) {
+#pragma GCC unroll 16
+          for (int lane = 0; lane < W; ++lane) block[lane] = load(rows[lane] + k);
+          transpose(block);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) block[i].store(to + (k + i) * NV * W);
         } else {
+          for (int lane = 0; lane < W; ++lane) block[lane] = rows[lane] ? load(rows[lane] + k, count) : V(0);
+          transpose(block);
           for (int64_t i = 0; i < count; ++i) block[i].store(to + (k + i) * NV * W);
         }
       }

@@ -45,22 +45,69 @@ enum class Isa { portable, avx2, avx512, amx };
 // What the next call runs; the errors of cpu_isa().
 Isa current_isa();
 
-// A kernel's scratch: n uninitialised elements of F on cache lines of their own, freed at the end of the scope.
+// A thread's memory for scratch, kept for its next call: fresh pages cost more than small kernels do. Last taken is
+// first given back, which objects on the stack see to.
+class Arena {
+ public:
+  static Arena& of_thread() {
+    static thread_local Arena arena;
+    return arena;
+  }
+  // Memory of the arena, or null where it does not fit and the caller has to find its own.
+  char* take(size_t bytes) {
+    live_ += bytes;
+    if (live_ > peak_) peak_ = live_;
+    if (top_ + bytes > size_) return nullptr;
+    top_ += bytes;
+    return data_ + top_ - bytes;
+  }
+  void give_back(size_t bytes, bool taken_here) {
+    live_ -= bytes;
+    if (taken_here) top_ -= bytes;
+    if (live_ == 0 && peak_ > size_ && size_ < limit) grow();
+  }
+  ~Arena() { std::free(data_); }
+
+ private:
+  static constexpr size_t limit = 16 << 20;
+  char* data_ = nullptr;
+  size_t size_ = 0, top_ = 0, live_ = 0, peak_ = 0;
+
+  void grow() {
+    std::free(data_);
+    size_ = peak_ < limit ? peak_ : limit;
+    data_ = static_cast<char*>(std::aligned_alloc(64, size_));
+    if (!data_) size_ = 0;
+  }
+};
+
+// A kernel's scratch: n uninitialised elements of F on cache lines of their own, until the end of the scope.
 template <class F> class Scratch {
  public:
   explicit Scratch(int64_t n) {
     if (n <= 0) return;
-    const size_t bytes = (static_cast<size_t>(n) * sizeof(F) + 63) / 64 * 64;
-    data_ = static_cast<F*>(std::aligned_alloc(64, bytes));
-    if (!data_) throw std::bad_alloc();
+    bytes_ = (static_cast<size_t>(n) * sizeof(F) + 63) / 64 * 64;
+    data_ = reinterpret_cast<F*>(Arena::of_thread().take(bytes_));
+    kept_ = data_ != nullptr;
+    if (!kept_) data_ = static_cast<F*>(std::aligned_alloc(64, bytes_));
+    if (!data_) {
+      Arena::of_thread().give_back(bytes_, false);
+      throw std::bad_alloc();
+    }
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() {
+    if (!bytes_) return;
+    if (!kept_) std::free(data_);
+    Arena::of_thread().give_back(bytes_, kept_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   F* get() const { return data_; }
 
  private:
   F* data_ = nullptr;
+  size_t bytes_ = 0;
+  bool kept_ = false;
 };
 
 // Splits 0..n into `parts` even ranges and runs fn(begin, end, ctx) on each, on the pool's threads.
