@@ -28,7 +28,6 @@ namespace FR_ISA {
 // Limits: none.
 template <class S> struct GruTile {
   const GruForward<S>& call;
-  const CellWeights<S, 3>& w;
   const Step<S>& step;
   template <int MR> void run(int64_t p, int64_t m) const {
     using V = Vec<Real<S>>;
@@ -37,15 +36,15 @@ template <class S> struct GruTile {
     const S* h[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const Real<S>* gx = step.gx + p * step.panel_stride + step.place[m + i] * 4 * V::width;
+      const Real<S>* gx = step.gx + (p - step.p0) * step.panel_stride + step.place[m + i] * 4 * V::width;
       h[i] = step.h[m + i];
       acc[i][0] = load(gx), acc[i][1] = load(gx + V::width), acc[i][2] = load(gx + 3 * V::width);
     }
-    panel_product<Real<S>, MR, 1, 3>(w.w_hh.get() + p * step.K * 3 * V::width, 0, h, step.K, acc,
-                                     next_panel<Real<S>, MR, 3>(w.w_hh.get(), w.panels, step.K, p, m));
+    panel_product<Real<S>, MR, 1, 3>(step.w_hh + (p - step.p0) * step.K * 3 * V::width, 0, h, step.K, acc,
+                                     next_panel<Real<S>, MR, 3>(step.w_hh, step.p1 - step.p0, step.K, p - step.p0, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const Real<S>* xn = step.gx + p * step.panel_stride + (step.place[m + i] * 4 + 2) * V::width;
+      const Real<S>* xn = step.gx + (p - step.p0) * step.panel_stride + (step.place[m + i] * 4 + 2) * V::width;
       const V q = acc[i][2];
       const GruStep<V> s = gru_step(acc[i][0], acc[i][1], load(xn), q, load(h[i] + j, n));
       const int64_t at = step.t * call.in.B + step.b[m + i];
@@ -60,11 +59,10 @@ template <class S> struct GruTile {
   }
 };
 
-// What forward_block needs of the cell.
+// What forward_steps needs of the cell.
 template <class S> struct GruSteps {
   const GruForward<S>& call;
-  const CellWeights<S, 3>& w;
-  void step(const Step<S>& s) const { each_tile<3>(w.panels, s.count, GruTile<S>{call, w, s}); }
+  void step(const Step<S>& s) const { each_tile<3>(s.p0, s.p1, s.count, GruTile<S>{call, s}); }
   void skip(int64_t t, int64_t b) const {
     const int64_t at = t * call.in.B + b, H = call.in.H;
     zero(call.y + at * H, H);
@@ -74,11 +72,8 @@ template <class S> struct GruSteps {
 
 template <class S> static void gru_forward(const GruForward<S>& call) {
   const Sequence<S>& q = call.in;
-  const CellWeights<S, 3> w(q);
-  split(q.pool, q.B, q.T * q.B * 3 * q.H * (q.I + q.H), [&](int64_t b0, int64_t b1) {
-    forward_rows(w, b0, b1, call.y, GruSteps<S>{call, w});
-    for (int64_t b = b0; b < b1; ++b) copy(last_state(q, b, q.h0, call.y, q.H), q.H, call.hn + b * q.H);
-  });
+  forward_steps<S, 3>(q, q.T * q.B * 3 * q.H * (q.I + q.H), call.y, GruSteps<S>{call});
+  for (int64_t b = 0; b < q.B; ++b) copy(last_state(q, b, q.h0, call.y, q.H), q.H, call.hn + b * q.H);
 }
 
 // One row of one step backwards: dh (H,) reaches h and becomes the direct part of that of h'; dp (4H,) gets those of

@@ -28,7 +28,6 @@ namespace FR_ISA {
 // Limits: none.
 template <class S> struct LstmTile {
   const LstmForward<S>& call;
-  const CellWeights<S, 4>& w;
   const Step<S>& step;
   Real<S>* c_rows;  // (B, H)
   S* m_rows;        // (B, H) where there is a projection
@@ -39,18 +38,19 @@ template <class S> struct LstmTile {
     const S* h[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const Real<S>* gx = step.gx + p * step.panel_stride + step.place[m + i] * 4 * V::width;
+      const Real<S>* gx = step.gx + (p - step.p0) * step.panel_stride + step.place[m + i] * 4 * V::width;
       h[i] = step.h[m + i];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[i][v] = load(gx + v * V::width);
     }
-    panel_product<Real<S>, MR, 1, 4>(w.w_hh.get() + p * step.K * 4 * V::width, 0, h, step.K, acc,
-                                     next_panel<Real<S>, MR, 4>(w.w_hh.get(), w.panels, step.K, p, m));
+    panel_product<Real<S>, MR, 1, 4>(step.w_hh + (p - step.p0) * step.K * 4 * V::width, 0, h, step.K, acc,
+                                     next_panel<Real<S>, MR, 4>(step.w_hh, step.p1 - step.p0, step.K, p - step.p0, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const int64_t b = step.b[m + i], at = step.t * call.in.B + b;
       Real<S>* c = c_rows + b * H + j;
-      const LstmStep<V> s = lstm_step(acc[i][0], acc[i][1], acc[i][2], acc[i][3], load(c, n));
+      const LstmStep<V> s =
+          lstm_step(acc[i][0], acc[i][1], acc[i][2], acc[i][3], is_reset(call.in, step.t, b) ? V(0) : load(c, n));
       store(s.c, c, n);
       store(s.m, (m_rows ? m_rows + b * H : call.y + at * H) + j, n);
       if (!call.gates) continue;
@@ -64,26 +64,23 @@ template <class S> struct LstmTile {
   }
 };
 
-// What forward_block needs of the cell. m (B, H): the projection's input of one step; out: where its results go.
+// What forward_steps needs of the cell. m (B, H): the projection's input of one step.
 template <class S> struct LstmSteps {
   const LstmForward<S>& call;
-  const CellWeights<S, 4>& w;
   const PackedMatrix<S>* w_hr;
   Real<S>* c;
   S* m;
-  const S** m_of;
-  S** y_of;
-  int64_t b0;
 
   void step(const Step<S>& s) const {
-    const Sequence<S>& q = call.in;
-    for (int64_t i = 0; i < s.count; ++i)
-      if (is_reset(q, s.t, s.b[i])) zero(c + s.b[i] * q.H, q.H);
-    each_tile<4>(w.panels, s.count, LstmTile<S>{call, w, s, c, m});
-    if (!w_hr) return;
-    for (int64_t i = 0; i < s.count; ++i)
-      m_of[b0 + i] = m + s.b[i] * q.H, y_of[b0 + i] = call.y + (s.t * q.B + s.b[i]) * q.P;
-    w_hr->multiply(s.count, m_of + b0, y_of + b0);
+    each_tile<4>(s.p0, s.p1, s.count, LstmTile<S>{call, s, c, m});
+    if (w_hr && call.in.T > 1) project(s.t, s.count, s.b);
+  }
+  void project(int64_t t, int64_t count, const int64_t* b) const {
+    const int64_t H = call.in.H, P = call.in.P;
+    const Scratch<const S*> from(count);
+    const Scratch<S*> to(count);
+    for (int64_t i = 0; i < count; ++i) from.get()[i] = m + b[i] * H, to.get()[i] = call.y + (t * call.in.B + b[i]) * P;
+    w_hr->multiply(count, from.get(), to.get());
   }
   void skip(int64_t t, int64_t b) const {
     const int64_t at = t * call.in.B + b, H = call.in.H, P = call.in.P;
@@ -94,21 +91,22 @@ template <class S> struct LstmSteps {
 
 template <class S> static void lstm_forward(const LstmForward<S>& call) {
   const Sequence<S>& q = call.in;
-  const CellWeights<S, 4> w(q);
   const int64_t projected = call.w_hr ? q.B : 0;
   PackedMatrix<S> w_hr(projected ? q.H : 0, projected ? q.P : 0);
   if (projected) w_hr.pack_rows(q.pool, call.w_hr);
   const Scratch<S> m(projected * q.H);
-  const Scratch<const S*> m_of(projected);
-  const Scratch<S*> y_of(projected);
   const Accumulator<S> c(call.cn, q.B * q.H);
   c.start(call.c0);
-  const int64_t work = q.T * q.B * (4 * q.H * (q.I + q.P) + (call.w_hr ? q.H * q.P : 0));
-  split(q.pool, q.B, work, [&](int64_t b0, int64_t b1) {
-    forward_rows(w, b0, b1, call.y,
-                 LstmSteps<S>{call, w, projected ? &w_hr : nullptr, c.get(), m.get(), m_of.get(), y_of.get(), b0});
-    for (int64_t b = b0; b < b1; ++b) copy(last_state(q, b, q.h0, call.y, q.P), q.P, call.hn + b * q.P);
-  });
+  const LstmSteps<S> steps{call, projected ? &w_hr : nullptr, c.get(), m.get()};
+  forward_steps<S, 4>(q, q.T * q.B * (4 * q.H * (q.I + q.P) + (projected ? q.H * q.P : 0)), call.y, steps);
+  if (projected && q.T == 1) {  // the panels of a single step are done by several threads; m is whole only now
+    const Scratch<int64_t> b_of(q.B);
+    int64_t count = 0;
+    for (int64_t b = 0; b < q.B; ++b)
+      if (takes_part(q, 0, b)) b_of.get()[count++] = b;
+    steps.project(0, count, b_of.get());
+  }
+  for (int64_t b = 0; b < q.B; ++b) copy(last_state(q, b, q.h0, call.y, q.P), q.P, call.hn + b * q.P);
   c.finish();
 }
 

@@ -111,11 +111,11 @@ template <int PV> constexpr int tile_rows() {
   return registers / PV > 8 ? 8 : registers / PV;
 }
 
-// Calls tile.run<MR>(p, m) for every panel p < panels and for tiles of MR rows from m on that cover rows 0 .. rows. The
+// Calls tile.run<MR>(p, m) for the panels p0 .. p1 and for tiles of MR rows from m on that cover rows 0 .. rows. The
 // rows are innermost: a panel is read from memory once.
-template <int PV, class Tile> FR_INLINE void each_tile(int64_t panels, int64_t rows, const Tile& tile) {
+template <int PV, class Tile> FR_INLINE void each_tile(int64_t p0, int64_t p1, int64_t rows, const Tile& tile) {
   constexpr int MR = tile_rows<PV>();
-  for (int64_t p = 0; p < panels; ++p) {
+  for (int64_t p = p0; p < p1; ++p) {
     int64_t m = 0;
     for (; m + MR <= rows; m += MR) tile.template run<MR>(p, m);
     if constexpr (MR > 4)

@@ -70,10 +70,10 @@ template <class S> class PackedMatrix {
     if constexpr (on_tiles<S>) return multiply_on_tiles(rows, a, out);
 #endif
     switch (NV_) {
-      case 4: return each_tile<4>(panels_, rows, RowProduct<S, O, 4>{data_.get(), K_, N_, panels_, a, out});
-      case 3: return each_tile<3>(panels_, rows, RowProduct<S, O, 3>{data_.get(), K_, N_, panels_, a, out});
-      case 2: return each_tile<2>(panels_, rows, RowProduct<S, O, 2>{data_.get(), K_, N_, panels_, a, out});
-      default: return each_tile<1>(panels_, rows, RowProduct<S, O, 1>{data_.get(), K_, N_, panels_, a, out});
+      case 4: return each_tile<4>(0, panels_, rows, RowProduct<S, O, 4>{data_.get(), K_, N_, panels_, a, out});
+      case 3: return each_tile<3>(0, panels_, rows, RowProduct<S, O, 3>{data_.get(), K_, N_, panels_, a, out});
+      case 2: return each_tile<2>(0, panels_, rows, RowProduct<S, O, 2>{data_.get(), K_, N_, panels_, a, out});
+      default: return each_tile<1>(0, panels_, rows, RowProduct<S, O, 1>{data_.get(), K_, N_, panels_, a, out});
     }
   }
 
@@ -110,38 +110,42 @@ template <class S> class PackedMatrix {
 #endif
 };
 
-// The weights of a forward pass. A panel holds PV vectors: the same units of G gates, or 4 vectors of units where there
-// is one gate. `bias` is what the sums of a panel start from: PV vectors, for a GRU those of r, z, n and then of q.
+// The weights of a forward pass for the panels p0 .. p1. A panel holds PV vectors: the same units of G gates, or 4
+// vectors of units where there is one gate. `bias` is what the sums of a panel start from: PV vectors, for a GRU those
+// of r, z, n and then of q.
 template <class S, int G> struct CellWeights {
   using F = Real<S>;
   static constexpr int PV = G == 1 ? 4 : G, sums = 4;
   static constexpr int64_t W = Vec<F>::width, units = G == 1 ? 4 * W : W;
+  static int64_t panels_of(const Sequence<S>& q) { return (q.H + units - 1) / units; }
+
   const Sequence<S>& q;
-  const int64_t panels;
+  const int64_t p0, p1;
   const Scratch<F> w_ih, w_hh, bias;
   const Scratch<S> tiles_ih, tiles_hh;
 
-  explicit CellWeights(const Sequence<S>& q)
+  CellWeights(const Sequence<S>& q, int64_t p0, int64_t p1)
       : q(q),
-        panels((q.H + units - 1) / units),
-        w_ih(on_tiles<S> ? 0 : panels * PV * W * q.I),
-        w_hh(on_tiles<S> ? 0 : panels * PV * W * q.P),
-        bias(panels * sums * W),
-        tiles_ih(on_tiles<S> ? panels * PV * W * round_up(q.I, 32) : 0),
-        tiles_hh(on_tiles<S> ? panels * PV * W * round_up(q.P, 32) : 0) {
-    split(q.pool, panels, panels * PV * W * (q.I + q.P), [this](int64_t p0, int64_t p1) { pack(p0, p1); });
+        p0(p0),
+        p1(p1),
+        w_ih(on_tiles<S> ? 0 : (p1 - p0) * PV * W * q.I),
+        w_hh(on_tiles<S> ? 0 : (p1 - p0) * PV * W * q.P),
+        bias((p1 - p0) * sums * W),
+        tiles_ih(on_tiles<S> ? (p1 - p0) * PV * W * round_up(q.I, 32) : 0),
+        tiles_hh(on_tiles<S> ? (p1 - p0) * PV * W * round_up(q.P, 32) : 0) {
+    split(q.pool, p1 - p0, (p1 - p0) * PV * W * (q.I + q.P), [this](int64_t i0, int64_t i1) { pack(i0, i1); });
   }
 
  private:
-  void pack(int64_t p0, int64_t p1) const {
-    const int64_t H = q.H;
-    const auto row_of = [=](int64_t p, int64_t n, int64_t lane) {
-      const int64_t unit = G == 1 ? (p * PV + n) * W + lane : p * W + lane;
+  void pack(int64_t i0, int64_t i1) const {  // counted from p0
+    const int64_t H = q.H, first = p0;
+    const auto row_of = [=](int64_t i, int64_t n, int64_t lane) {
+      const int64_t unit = G == 1 ? ((first + i) * PV + n) * W + lane : (first + i) * W + lane;
       return unit < H ? (G == 1 ? unit : n * H + unit) : -1;
     };
 #if FR_AMX
     if constexpr (on_tiles<S>) {
-      for (int64_t c = p0 * PV; c < p1 * PV; ++c) {
+      for (int64_t c = i0 * PV; c < i1 * PV; ++c) {
         const auto row = [&](int64_t lane) { return row_of(c / PV, c % PV, lane); };
         pack_right_rows(q.w_ih, q.I, row, tiles_ih.get() + c * tiles_of_k(q.I) * tile_elements);
         pack_right_rows(q.w_hh, q.P, row, tiles_hh.get() + c * tiles_of_k(q.P) * tile_elements);
@@ -149,22 +153,23 @@ template <class S, int G> struct CellWeights {
     }
 #endif
     if constexpr (!on_tiles<S>) {
-      pack_panels(q.w_ih, q.I, p0, p1, PV, row_of, w_ih.get());
-      pack_panels(q.w_hh, q.P, p0, p1, PV, row_of, w_hh.get());
+      pack_panels(q.w_ih, q.I, i0, i1, PV, row_of, w_ih.get());
+      pack_panels(q.w_hh, q.P, i0, i1, PV, row_of, w_hh.get());
     }
-    for (int64_t p = p0; p < p1; ++p)
+    for (int64_t i = i0; i < i1; ++i)
       for (int64_t n = 0; n < sums; ++n)
         for (int64_t lane = 0; lane < W; ++lane) {
           const bool n_gate = G == 3 && n == 2, q_part = G == 3 && n == 3;
-          const int64_t row = row_of(p, q_part ? 2 : n, lane);
+          const int64_t row = row_of(i, q_part ? 2 : n, lane);
           F sum = row >= 0 && q.b_ih && !q_part ? widen(q.b_ih[row]) : F(0);
           if (row >= 0 && q.b_hh && !n_gate) sum += widen(q.b_hh[row]);
-          bias.get()[(p * sums + n) * W + lane] = sum;
+          bias.get()[(i * sums + n) * W + lane] = sum;
         }
   }
 };
 
-// gx = bias + W_ih x of rows given by their addresses; gx: [panel][row][vector].
+// gx = bias + W_ih x of rows given by their addresses; gx: [panel][row][vector]; panels are
+// counted from the first of the weights here.
 template <class S, int G> struct InputTile {
   using F = Real<S>;
   const CellWeights<S, G>& w;
@@ -183,7 +188,7 @@ template <class S, int G> struct InputTile {
       for (int n = 0; n < PV; ++n) acc[i][n] = V::load(w.bias.get() + (p * sums + n) * V::width);
     }
     panel_product<F, MR, 1, PV>(w.w_ih.get() + p * w.q.I * PV * V::width, 0, a, w.q.I, acc,
-                                next_panel<F, MR, PV>(w.w_ih.get(), w.panels, w.q.I, p, m));
+                                next_panel<F, MR, PV>(w.w_ih.get(), w.p1 - w.p0, w.q.I, p, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       F* to = gx + (p * rows + m + i) * sums * V::width;
@@ -202,13 +207,13 @@ template <class S, int G> struct Products {
   void input(int64_t rows, const S* const* x, Real<S>* gx) const {
 #if FR_AMX
     if constexpr (on_tiles<S>) {
-      for (int64_t p = 0; p < w.panels; ++p)
+      for (int64_t p = 0; p < w.p1 - w.p0; ++p)
         for (int64_t m = 0; m < rows; ++m)
           copy(w.bias.get() + p * row_elements, row_elements, gx + (p * rows + m) * row_elements);
       return add(rows, x, w.q.I, w.tiles_ih.get(), 2, gx, rows * row_elements);
     }
 #endif
-    each_tile<CellWeights<S, G>::PV>(w.panels, rows, InputTile<S, G>{w, x, gx, rows});
+    each_tile<CellWeights<S, G>::PV>(0, w.p1 - w.p0, rows, InputTile<S, G>{w, x, gx, rows});
   }
   // Row m of the step is row m of gx.
   void hidden(int64_t rows, const S* const* h, Real<S>* gx, int64_t panel_stride) const {
@@ -230,7 +235,7 @@ template <class S, int G> struct Products {
       const int64_t n = c % PV;
       return gx + c / PV * panel_stride + (G == 3 && n == 2 ? third : n) * 16;
     };
-    tile_product(rows, left.get(), tiles, tiles_of_k(K), w.panels * PV, true, at, row_elements);
+    tile_product(rows, left.get(), tiles, tiles_of_k(K), (w.p1 - w.p0) * PV, true, at, row_elements);
   }
 #endif
 };

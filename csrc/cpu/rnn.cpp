@@ -29,7 +29,6 @@ namespace FR_ISA {
 // Limits: none.
 template <class S> struct RnnTile {
   const RnnForward<S>& call;
-  const CellWeights<S, 1>& w;
   const Step<S>& step;
   template <int MR> void run(int64_t p, int64_t m) const {
     using V = Vec<Real<S>>;
@@ -38,13 +37,13 @@ template <class S> struct RnnTile {
     const S* h[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const Real<S>* gx = step.gx + p * step.panel_stride + step.place[m + i] * 4 * V::width;
+      const Real<S>* gx = step.gx + (p - step.p0) * step.panel_stride + step.place[m + i] * 4 * V::width;
       h[i] = step.h[m + i];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[i][v] = load(gx + v * V::width);
     }
-    panel_product<Real<S>, MR, 1, 4>(w.w_hh.get() + p * step.K * 4 * V::width, 0, h, step.K, acc,
-                                     next_panel<Real<S>, MR, 4>(w.w_hh.get(), w.panels, step.K, p, m));
+    panel_product<Real<S>, MR, 1, 4>(step.w_hh + (p - step.p0) * step.K * 4 * V::width, 0, h, step.K, acc,
+                                     next_panel<Real<S>, MR, 4>(step.w_hh, step.p1 - step.p0, step.K, p - step.p0, m));
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       S* y = call.y + (step.t * call.in.B + step.b[m + i]) * H;
@@ -57,21 +56,17 @@ template <class S> struct RnnTile {
   }
 };
 
-// What forward_block needs of the cell.
+// What forward_steps needs of the cell.
 template <class S> struct RnnSteps {
   const RnnForward<S>& call;
-  const CellWeights<S, 1>& w;
-  void step(const Step<S>& s) const { each_tile<4>(w.panels, s.count, RnnTile<S>{call, w, s}); }
+  void step(const Step<S>& s) const { each_tile<4>(s.p0, s.p1, s.count, RnnTile<S>{call, s}); }
   void skip(int64_t t, int64_t b) const { zero(call.y + (t * call.in.B + b) * call.in.H, call.in.H); }
 };
 
 template <class S> static void rnn_forward(const RnnForward<S>& call) {
   const Sequence<S>& q = call.in;
-  const CellWeights<S, 1> w(q);
-  split(q.pool, q.B, q.T * q.B * q.H * (q.I + q.H), [&](int64_t b0, int64_t b1) {
-    forward_rows(w, b0, b1, call.y, RnnSteps<S>{call, w});
-    for (int64_t b = b0; b < b1; ++b) copy(last_state(q, b, q.h0, call.y, q.H), q.H, call.hn + b * q.H);
-  });
+  forward_steps<S, 1>(q, q.T * q.B * q.H * (q.I + q.H), call.y, RnnSteps<S>{call});
+  for (int64_t b = 0; b < q.B; ++b) copy(last_state(q, b, q.h0, call.y, q.H), q.H, call.hn + b * q.H);
 }
 
 template <class S> struct RnnBackwardKernel {
