@@ -152,38 +152,53 @@ class NativeEngine:
         completion.finish_reason, completion.error = "stop", None
 
     def _feed(self) -> None:
-        """Give the session requests until ``wanted`` of them wait."""
-        numbers, reals, ids = array("q"), array("f"), array("q")
-        states: list[SequenceState] = []  # those of the requests at hand, each once where neighbours share one
-        while not self.exhausted and self.waiting < self.wanted:
-            index, request = next(self.pending, (-1, None))
-            if request is None:
-                self.exhausted = True
-                break
-            prompt = check_request(request, self.network, self.known_state)
-            self.known_state = state = request.state
-            tokens = len(prompt) + (state.length if state else 0)
-            if request.max_new_tokens == 0:
-                self.completions.append(Completion(index, [], [] if request.logprobs else None, tokens, "length"))
-                continue
-            if state is not None and not (states and states[-1] is state):
-                states.append(state)
-            self.live[index] = tokens, request.logprobs
-            self.waiting += 1
-            kernel = request.sampling.numbers()
-            numbers.extend((
-                index, len(prompt), len(request.eos), request.max_new_tokens, kernel.top_k, kernel.top_p,
-                signed(request.seed), signed(request.sequence), request.sampling.mode_of, request.logprobs,
-                request.window or self.network.config.window or 0, -1 if state is None else len(states) - 1,
-            ))  # fmt: skip
-            penalty = request.repetition_penalty
-            reals.extend((kernel.scale, kernel.min_p, penalty, 1 / penalty))
-            ids.extend(prompt.tolist())
-            ids.extend(request.eos)
-        if numbers:
-            columns = (_tensor(numbers, torch.int64).view(-1, 12), _tensor(reals, torch.float32).view(-1, 4))
-            parts = [part for state in states for part in _parts(state)]
-            _op("add")(self.session, *columns, _tensor(ids, torch.int64), parts)
+        """Give the session requests until ``wanted`` of them wait; those before a bad one too, which raises."""
+        batch = _Batch()
+        try:
+            while not self.exhausted and self.waiting < self.wanted:
+                index, request = next(self.pending, (-1, None))
+                if request is None:
+                    self.exhausted = True
+                    break
+                prompt = check_request(request, self.network, self.known_state)
+                self.known_state = state = request.state
+                tokens = len(prompt) + (state.length if state else 0)
+                if request.max_new_tokens == 0:
+                    self.completions.append(Completion(index, [], [] if request.logprobs else None, tokens, "length"))
+                    continue
+                batch.add(index, request, prompt, request.window or self.network.config.window or 0)
+                self.live[index] = tokens, request.logprobs
+                self.waiting += 1
+        finally:
+            batch.give(self.session)
+
+
+class _Batch:
+    """Requests on their way to a session, as the columns of `generator_add`."""
+
+    def __init__(self) -> None:
+        self.numbers, self.reals, self.ids = array("q"), array("f"), array("q")
+        self.states: list[SequenceState] = []  # each once where neighbours share one
+
+    def add(self, index: int, request: Request, prompt: Tensor, window: int) -> None:
+        state, kernel, penalty = request.state, request.sampling.numbers(), request.repetition_penalty
+        if state is not None and not (self.states and self.states[-1] is state):
+            self.states.append(state)
+        self.numbers.extend((
+            index, len(prompt), len(request.eos), request.max_new_tokens, kernel.top_k, kernel.top_p,
+            signed(request.seed), signed(request.sequence), request.sampling.mode_of, request.logprobs, window,
+            -1 if state is None else len(self.states) - 1,
+        ))  # fmt: skip
+        self.reals.extend((kernel.scale, kernel.min_p, penalty, 1 / penalty))
+        self.ids.extend(prompt.tolist())
+        self.ids.extend(request.eos)
+
+    def give(self, session: int) -> None:
+        if not self.numbers:
+            return
+        numbers, reals = _tensor(self.numbers, torch.int64).view(-1, 12), _tensor(self.reals, torch.float32).view(-1, 4)
+        parts = [part for state in self.states for part in _parts(state)]
+        _op("add")(session, numbers, reals, _tensor(self.ids, torch.int64), parts)
 
 
 def _parts(state: SequenceState) -> list[Tensor]:

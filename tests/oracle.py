@@ -16,6 +16,8 @@ FACTOR = 3.0
 # In units of eps(D) times the largest magnitude expected. It covers the steps of a recurrence in float64, where the
 # oracle rounds as much as what it judges.
 FLOOR_ULPS = 64.0
+# What weights of 8 bits may cost a text, in nats a token: unlike the others a choice, of what counts as no harm.
+INT8_NATS = 0.01
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

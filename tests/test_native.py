@@ -223,6 +223,20 @@ def test_stopped_requests_keep_what_was_looked_at() -> None:
         assert completion.finish_reason == ("stop" if len(full.token_ids) >= 7 else "length")
 
 
+def test_requests_before_a_bad_one_are_served() -> None:
+    network, asked = make(), requests(6)
+    engine = make_engine(make_runner(network), [*asked, Request([99], 1)], 3)
+    done: list[Completion] = []
+    with pytest.raises(ValueError, match="prompt ids must be in 0 .. 12, got 99"):
+        for _ in range(100):
+            engine.step()
+            done += engine.take_completions()
+    while engine.live:
+        engine.step()
+        done += engine.take_completions()
+    assert sorted(completion.index for completion in done) == list(range(6))
+
+
 def test_a_network_that_is_not_a_number_says_so() -> None:
     network = make()
     with torch.no_grad():

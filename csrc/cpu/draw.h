@@ -1,5 +1,6 @@
 // Draws of tokens from rows of logits, as fastrnn/reference_sample.py defines them. Compiled once per instruction set,
-// by each_isa.h; hence no include guard, and the includes below are of the same kind (it needs vec.h and sampling.h).
+// by each_isa.h; hence no include guard, and the includes below are of the same kind (it needs vec.h, buffer.h and
+// sampling.h).
 //
 // A plain draw (no mask, filter, vote or log-probability) goes straight from the logits to the token and stands here;
 // draw_general.h has the rest. A caller that makes the logits tile by tile uses tile_stats and draw_plain_row.
@@ -26,21 +27,21 @@ struct DrawScratch {
   TileMasses tile[kRows];      // the tiles in which tokens are looked up
   uint64_t tile_words[kRows];  // the rows' random words
   uint64_t token_words[kRows];
-  const Scratch<float> largest;     // (tiles,) m_t of the row as it is drawn from
-  const Scratch<uint64_t> mass;     // (tiles,) W_t, then prefix sums of U_t
-  const Scratch<float> x;           // (V,) the row after mask and filters; this and the following only if `general`
-  const Scratch<float> given;       // (tiles,) m_t of the logits as given
-  const Scratch<float> groups;      // (16 * tiles,) largest of groups of logits
-  const Scratch<int32_t> ids;       // (V + 16,) candidates of a selection
-  const Scratch<float> values;      // (V + 16,) their logits
-  const Scratch<uint32_t> keys;     // (V,) and keys
-  const Scratch<uint64_t> weights;  // (V,) and weights
-  const Scratch<int64_t> first;     // (tiles,) of a vote: 1 + the last draw in each tile, 0: none
-  const Scratch<int32_t> votes;     // (V,) draws of each token, 0 between rows
-  const Scratch<int64_t> next;      // (mode_of,) 1 + another draw in the same tile, 0: none
-  const Scratch<uint64_t> words;    // (mode_of,) words for the token
-  const Scratch<int64_t> drawn;     // (mode_of,) tokens
-  const Scratch<double> margins;    // (mode_of,)
+  const Buffer<float> largest;     // (tiles,) m_t of the row as it is drawn from
+  const Buffer<uint64_t> mass;     // (tiles,) W_t, then prefix sums of U_t
+  const Buffer<float> x;           // (V,) the row after mask and filters; this and the following only if `general`
+  const Buffer<float> given;       // (tiles,) m_t of the logits as given
+  const Buffer<float> groups;      // (16 * tiles,) largest of groups of logits
+  const Buffer<int32_t> ids;       // (V + 16,) candidates of a selection
+  const Buffer<float> values;      // (V + 16,) their logits
+  const Buffer<uint32_t> keys;     // (V,) and keys
+  const Buffer<uint64_t> weights;  // (V,) and weights
+  const Buffer<int64_t> first;     // (tiles,) of a vote: 1 + the last draw in each tile, 0: none
+  const Buffer<int32_t> votes;     // (V,) draws of each token, 0 between rows
+  const Buffer<int64_t> next;      // (mode_of,) 1 + another draw in the same tile, 0: none
+  const Buffer<uint64_t> words;    // (mode_of,) words for the token
+  const Buffer<int64_t> drawn;     // (mode_of,) tokens
+  const Buffer<double> margins;    // (mode_of,)
 
   // general: some row is more than a plain draw. mode_of is the largest to come.
   DrawScratch(int64_t V, int64_t mode_of, bool general)

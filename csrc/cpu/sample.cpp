@@ -2,6 +2,7 @@
 // contract is in kernels.h. This file compiles itself once per instruction set (each_isa.h).
 #ifndef FR_ISA
 
+#include "buffer.h"
 #include "simd.h"
 #include "../sampling.h"
 namespace fr {
