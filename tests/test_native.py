@@ -233,7 +233,7 @@ def test_requests_before_a_bad_one_are_served() -> None:
             engine.step()
             done.extend(engine.take_completions())
 
-    with pytest.raises(ValueError, match="prompt ids must be in .* got 99"):
+    with pytest.raises(ValueError, match="prompt ids must be in 0"):
         finish()
     finish()
     assert sorted(completion.index for completion in done) == list(range(6))
