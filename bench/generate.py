@@ -124,12 +124,12 @@ class Judge:
         return ((found - entropy).sum() / variance.sum().sqrt()).item()
 
     def refuse(self, name: str, rival: Rival, error: float) -> None:
-        """Stop everything where a rival is wrong."""
+        """`peers.Unavailable` where a rival is wrong: it is not timed, and its row is missing."""
         if not error <= self.allowed(rival.dtype):
-            raise SystemExit(f"not timed: {name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
+            raise peers.Unavailable(f"{name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
         deviations = self.surprise(rival.tokens(rival.run(max(2, 64 // self.batch))))
         if not abs(deviations) <= 6:
-            raise SystemExit(f"not timed: the ids {name} draws are {deviations:.1f} standard deviations off")
+            raise peers.Unavailable(f"the ids {name} draws are {deviations:.1f} standard deviations off")
 
 
 def requests(batch: int, number: int, **options: Any) -> list[Request]:
@@ -173,10 +173,10 @@ def rivals(network: Network, batch: int, names: list[str], judge: Judge) -> dict
             else:
                 peer = PEERS[name](network, batch)
                 rival, error = Rival(peer.dtype, peer.run, lambda tokens: tokens), judge.error(peer.logits(judge.ids))
+            judge.refuse(name, rival, error)
         except peers.Unavailable as reason:
-            print(f"  {name}: not available: {reason}", flush=True)
+            print(f"  {name}: not timed: {reason}", flush=True)
             continue
-        judge.refuse(name, rival, error)
         found[name] = rival
     return found
 

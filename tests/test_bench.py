@@ -54,9 +54,9 @@ def test_generate_measures_or_says_why_not(generated):
     for batch in generate.QUICK["batches"]:
         timed = {row["backend"] for row in found if row["B"] == str(batch)}
         for name in {*generate.OURS, *generate.PEERS} - generate.COMPILED:
-            assert name in timed or f"  {name}: not available: " in printed or f"  {name}: no figure: " in printed
+            assert name in timed or f"  {name}: not timed: " in printed or f"  {name}: no figure: " in printed
         for name in ("fastrnn float32", *peers.BASELINES):
-            assert f"  {name}: not available: " not in printed
+            assert f"  {name}: not timed: " not in printed
     assert {row["backend"] for row in found if row["op"] == "roof"} == {"float32", "bfloat16", "int8", "l2", "l3"}
 
 
@@ -107,7 +107,7 @@ def test_a_wrong_peer_is_refused():
     other.rnn.weight_hh_l0 *= 1.01
     peer, judge = peers.eager(other, 2), generate.Judge(network, 2)
     rival = generate.Rival(peer.dtype, peer.run, lambda tokens: tokens)
-    with pytest.raises(SystemExit, match="not timed: wrong errs by"):
+    with pytest.raises(peers.Unavailable, match="wrong errs by"):
         judge.refuse("wrong", rival, judge.error(peer.logits(judge.ids)))
 
 
@@ -115,7 +115,7 @@ def test_wrong_draws_are_refused():
     network = generate.build(SMALL["lstm"])
     peer, judge = peers.eager(network, 8, draw=lambda logits: logits.argmax(-1)), generate.Judge(network, 8)
     rival = generate.Rival(peer.dtype, peer.run, lambda tokens: tokens)
-    with pytest.raises(SystemExit, match="standard deviations off"):
+    with pytest.raises(peers.Unavailable, match="standard deviations off"):
         judge.refuse("greedy", rival, judge.error(peer.logits(judge.ids)))
 
 
