@@ -155,7 +155,7 @@ def ours(network: Network, batch: int, dtype: str, keywords: dict[str, Any], jud
     try:
         wanted = requests(batch, judge.STEPS, logprobs=True)
         done = by_index(list(generate(network, wanted, batch_size=batch, **keywords)))[-judge.ROWS :]
-    except (ValueError, NotImplementedError) as refusal:
+    except (ValueError, fastrnn.BackendRefusal) as refusal:  # what this network cannot have, in its own words
         raise peers.Unavailable(str(refusal)) from refusal
     drawn, found = tokens(done), torch.tensor([completion.logprobs for completion in done]).t()
     before = torch.cat([torch.full_like(drawn[:1], peers.FIRST), drawn[:-1]])

@@ -188,7 +188,8 @@ def check(model: LanguageModel, plain: PlainModel, outputs: Sequence[Generation]
     for row, output in enumerate(outputs):
         ids[1 : len(output.token_ids) + 1, row] = torch.tensor(output.token_ids)
     real = torch.arange(length)[:, None] < torch.tensor([len(output.token_ids) for output in outputs])
-    with backend(Inference(model).backend):  # the kernels that generated
+    # The cells of the same backend: the loop gives no logits out, and rounds as they do but for the order of its sums.
+    with backend(Inference(model).backend):
         ours = model(ids[:-1].t())[0].transpose(0, 1)[real]
     theirs = plain(ids[:-1])[0][real]
     exact = copy.deepcopy(plain).double()(ids[:-1])[0][real]
