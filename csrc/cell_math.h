@@ -39,34 +39,41 @@ FR_HD float copysign(float a, float sign) { return __builtin_copysignf(a, sign);
 FR_HD double copysign(double a, double sign) { return __builtin_copysign(a, sign); }
 // a < b ? yes : no, so a NaN in a or b gives `no`
 template <class R> FR_HD R if_less(R a, R b, R yes, R no) { return a < b ? yes : no; }
-// 2^n of a number whose lowest mantissa bits hold n in two's complement (see expm1_parts)
-FR_HD float pow2_of_low_bits(float shifted) {
+// x brought to low or to high; NaN stays NaN
+template <class R> FR_HD R at_least(R low, R x) { return x < low ? low : x; }
+template <class R> FR_HD R at_most(R high, R x) { return high < x ? high : x; }
+// 1 / x within 1 ulp for x from 1 to the greatest number; NaN for NaN
+template <class R> FR_HD R reciprocal(R x) { return R(1) / x; }
+// The number whose exponent field is the lowest mantissa bits of `shifted` (see expm1_parts)
+FR_HD float exponent_of_low_bits(float shifted) {
   uint32_t u;
   memcpy(&u, &shifted, sizeof u);
-  u = (u + 127u) << 23;
+  u <<= 23;
   memcpy(&shifted, &u, sizeof u);
   return shifted;
 }
-FR_HD double pow2_of_low_bits(double shifted) {
+FR_HD double exponent_of_low_bits(double shifted) {
   uint64_t u;
   memcpy(&u, &shifted, sizeof u);
-  u = (u + 1023u) << 52;
+  u <<= 52;
   memcpy(&shifted, &u, sizeof u);
   return shifted;
 }
 #endif
 
 // Numbers that depend on the precision. ln2 = ln2_hi + ln2_lo, with ln2_hi short enough that n * ln2_hi is exact.
-// `shift` is 1.5 * 2^(mantissa bits): adding it rounds to an integer and leaves that integer in the lowest bits.
-// exp_max: e^x is infinite from here on, exp_min: 2^n is still normal here. expm1_min: e^x - 1 rounds to -1 from here.
+// `shift` is 1.5 * 2^(mantissa bits) plus the bias of the exponent: adding it rounds to an integer n and leaves the
+// exponent field of 2^n in the lowest bits. exp_most: e^x and twice it are finite up to here, 1 / (1 + e^x) is no
+// subnormal number; exp_least: 2^n is still normal here. expm1_least: e^x - 1 rounds to -1 from here.
 template <class S> struct ExpConstants;
 template <> struct ExpConstants<float> {
-  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440055e-4f, shift = 12582912.0f;
-  static constexpr float exp_max = 89.0f, exp_min = -87.0f, expm1_min = -20.0f;
+  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440055e-4f, shift = 12582912.0f + 127.0f;
+  static constexpr float exp_most = 87.3365f, exp_least = -87.0f, expm1_least = -20.0f;
 };
 template <> struct ExpConstants<double> {
   static constexpr double ln2_hi = 0.69314670562744140625, ln2_lo = 4.749325039031672321e-7;
-  static constexpr double shift = 6755399441055744.0, exp_max = 710.0, exp_min = -708.0, expm1_min = -44.0;
+  static constexpr double shift = 6755399441055744.0 + 1023.0;
+  static constexpr double exp_most = 708.3964, exp_least = -708.0, expm1_least = -44.0;
 };
 
 // (e^r - 1 - r) / r^2 for |r| <= ln(2)/2: Chebyshev fits, absolute error 6.6e-8 and 1.5e-18.
@@ -90,7 +97,7 @@ template <class R> FR_HD R expm1_tail(R r, double) {
 }
 
 // e^x = scale * (1 + q) with scale a power of two, q in [-0.30, 0.42] and q relatively accurate: q -> x for x -> 0.
-// x within [exp_min, exp_max] or NaN, which reaches q.
+// x within [exp_least, exp_most] or NaN, which reaches q.
 template <class R> struct Expm1Parts {
   R scale, q;
 };
@@ -100,27 +107,33 @@ template <class R> FR_HD Expm1Parts<R> expm1_parts(R x) {
   const R shifted = fma(x, R(S(1.44269504088896340736)), R(C::shift));
   const R n = shifted - R(C::shift);
   const R r = fma(n, R(-C::ln2_lo), fma(n, R(-C::ln2_hi), x));
-  return {pow2_of_low_bits(shifted), fma(r * r, expm1_tail(r, S(0)), r)};
+  return {exponent_of_low_bits(shifted), fma(r * r, expm1_tail(r, S(0)), r)};
 }
 
-// 1 / (1 + e^-x), within 3 ulp; 0 where that is below the least normal number; NaN for NaN.
-template <class R> FR_HD R sigmoid(R x) {
+// sigmoid(x) = 1 / sigmoid_under(x) with sigmoid_under = 1 + e^-x, from 1 to 1 + e^exp_most: a sigmoid below that one's
+// reciprocal, which is about the least normal number, is that reciprocal. NaN for NaN.
+template <class R> FR_HD R sigmoid_under(R x) {
   using C = ExpConstants<typename ScalarOf<R>::type>;
-  R u = R(0) - x;
-  u = if_less(u, R(C::exp_min), R(C::exp_min), u);
-  u = if_less(R(C::exp_max), u, R(C::exp_max), u);
-  const Expm1Parts<R> e = expm1_parts(u);
-  return R(1) / fma(e.scale, R(1) + e.q, R(1));
+  const Expm1Parts<R> e = expm1_parts(at_most(R(C::exp_most), at_least(R(C::exp_least), R(0) - x)));
+  return fma(e.scale, R(1) + e.q, R(1));
 }
-
-// (1 - e^-2|x|) / (1 + e^-2|x|) with x's sign, through e^u - 1 so that it is within 4 ulp near 0 as well; NaN for NaN.
-template <class R> FR_HD R tanh(R x) {
+// tanh(x) = over / under = (1 - e^-2|x|) / (1 + e^-2|x|) with x's sign, through e^u - 1 so that it is relatively
+// accurate near 0 as well; under from 1 to 2. NaN for NaN.
+template <class R> struct TanhParts {
+  R over, under;
+};
+template <class R> FR_HD TanhParts<R> tanh_parts(R x) {
   using C = ExpConstants<typename ScalarOf<R>::type>;
-  R u = R(-2) * abs(x);
-  u = if_less(u, R(C::expm1_min), R(C::expm1_min), u);
-  const Expm1Parts<R> e = expm1_parts(u);
+  const Expm1Parts<R> e = expm1_parts(at_least(R(C::expm1_least), R(-2) * abs(x)));
   const R em1 = fma(e.scale, e.q, e.scale - R(1));
-  return copysign(em1 / (em1 + R(2)), x);
+  return {copysign(em1, x), em1 + R(2)};
+}
+
+// 1 / (1 + e^-x) within 4 ulp, tanh(x) within 5 ulp; also where the steps below take several of them by one reciprocal.
+template <class R> FR_HD R sigmoid(R x) { return reciprocal(sigmoid_under(x)); }
+template <class R> FR_HD R tanh(R x) {
+  const TanhParts<R> t = tanh_parts(x);
+  return t.over * reciprocal(t.under);
 }
 
 // max(x, 0), NaN for NaN
@@ -132,12 +145,17 @@ template <class R> struct LstmStep {
 };
 template <class R> FR_HD LstmStep<R> lstm_step(R pi, R pf, R pg, R po, R c_prev) {
   LstmStep<R> s;
-  s.i = sigmoid(pi);
+  const R i_under = sigmoid_under(pi), o_under = sigmoid_under(po);
+  const TanhParts<R> g = tanh_parts(pg);
+  const R ig_under = reciprocal(i_under * g.under), ig = g.over * ig_under;
+  s.i = g.under * ig_under;
   s.f = sigmoid(pf);
-  s.g = tanh(pg);
-  s.o = sigmoid(po);
-  s.c = fma(s.f, c_prev, s.i * s.g);
-  s.m = s.o * tanh(s.c);
+  s.g = ig * i_under;
+  s.c = fma(s.f, c_prev, ig);
+  const TanhParts<R> t = tanh_parts(s.c);
+  const R ot_under = reciprocal(o_under * t.under);
+  s.o = t.under * ot_under;
+  s.m = t.over * ot_under;
   return s;
 }
 // dm, dc: gradients that reach m and c from outside this step. Gives those of the pre-activations and of c', and m
@@ -165,9 +183,12 @@ template <class R> struct GruStep {
 template <class R> FR_HD GruStep<R> gru_step(R pr, R pz, R xn, R q, R h_prev) {
   GruStep<R> s;
   s.r = sigmoid(pr);
-  s.z = sigmoid(pz);
-  s.n = tanh(fma(s.r, q, xn));
-  s.h = fma(s.z, h_prev, (R(1) - s.z) * s.n);
+  const R z_under = sigmoid_under(pz);
+  const TanhParts<R> n = tanh_parts(fma(s.r, q, xn));
+  const R zn_under = reciprocal(z_under * n.under);
+  s.z = n.under * zn_under;
+  s.n = n.over * (zn_under * z_under);
+  s.h = fma(s.z, h_prev - s.n, s.n);
   return s;
 }
 // dh reaches h. pr pz pn: gradients of the input's part, of the hidden part too but for n, where q is; h_prev: the

@@ -106,6 +106,8 @@ def assert_same_bits(actual, expected, what):
 # forward and chunks of 512 or 1024 in the backward pass.
 SHAPES = [
     dict(time=1, batch=1, inputs=1, hidden=1),
+    dict(time=1, batch=5, inputs=37, hidden=19, masked=True),
+    dict(time=1, batch=2, inputs=64, hidden=48, bias="ih"),
     dict(time=5, batch=3, inputs=7, hidden=5, masked=True),
     dict(time=5, batch=3, inputs=7, hidden=5, masked=True, reverse=True),
     dict(time=4, batch=37, inputs=33, hidden=64, reverse=True, bias="none"),
@@ -163,10 +165,11 @@ def test_tanh_and_sigmoid_keep_the_accuracy_that_cell_math_promises(dtype):
     assert (np.abs(sigmoid[~normal]) <= 2 * np.finfo(sigmoid.dtype).tiny).all()
 
 
+@pytest.mark.parametrize("time", [6, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_its_batch(kind, dtype):
-    cell, a = forward_case(kind, dtype, time=6, batch=37, inputs=21, hidden=35, masked=True)
+def test_a_row_does_not_depend_on_its_batch(kind, dtype, time):
+    cell, a = forward_case(kind, dtype, time=time, batch=37, inputs=21, hidden=35, masked=True)
     gradients = with_gradients(cell, a)
     whole = everything(cell, a, gradients)
     row_results = [n for n in ("y", "hn", "cn", "gates", "cells", "dx", "dh0", "dc0") if n in whole]
@@ -184,13 +187,14 @@ def test_a_row_does_not_depend_on_its_batch(kind, dtype):
                 assert_same_bits(value, expected, f"{name} of rows {index}")
 
 
+# Of two steps and more: a single step reads its weights as they lie and sums in another order (forward.h).
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sequence_in_parts_is_the_sequence_at_once(kind, reverse):
     cell, a = forward_case(kind, time=9, batch=4, inputs=21, hidden=35, reverse=reverse)
     whole = call(f"{cell}_forward", a)
     states = {"h0": "hn"} | ({"c0": "cn"} if cell == "lstm" else {})
-    parts = [slice(0, 1), slice(1, 5), slice(5, 9)]
+    parts = [slice(0, 2), slice(2, 5), slice(5, 9)]
     a = dict(a)
     x = a["x"]
     for part in reversed(parts) if reverse else parts:
@@ -203,10 +207,11 @@ def test_a_sequence_in_parts_is_the_sequence_at_once(kind, reverse):
         assert_same_bits(a[before], whole[after], after)
 
 
+@pytest.mark.parametrize("time", [12, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_change_nothing(kind, dtype):
-    cell, a = forward_case(kind, dtype, time=12, batch=19, inputs=40, hidden=70, masked=True)
+def test_threads_change_nothing(kind, dtype, time):
+    cell, a = forward_case(kind, dtype, time=time, batch=19, inputs=40, hidden=70, masked=True)
     gradients = with_gradients(cell, a)
     one = everything(cell, a, gradients)
     torch.set_num_threads(2)

@@ -16,6 +16,7 @@
 #include "amx.h"
 #include "products.h"
 #include "sequence.h"
+#include "forward.h"
 
 namespace fr {
 namespace FR_ISA {

@@ -118,6 +118,22 @@ template <class S, int G> struct CellWeights {
   static constexpr int PV = G == 1 ? 4 : G, sums = 4;
   static constexpr int64_t W = Vec<F>::width, units = G == 1 ? 4 * W : W;
   static int64_t panels_of(const Sequence<S>& q) { return (q.H + units - 1) / units; }
+  // The row of the weights that a lane of vector n of panel p stands for, or -1 beyond the last unit.
+  static int64_t row(const Sequence<S>& q, int64_t p, int64_t n, int64_t lane) {
+    const int64_t unit = G == 1 ? (p * PV + n) * W + lane : p * W + lane;
+    return unit < q.H ? (G == 1 ? unit : n * q.H + unit) : -1;
+  }
+  // What the sums of panel p start from: (sums, W).
+  static void starts(const Sequence<S>& q, int64_t p, F* to) {
+    for (int64_t n = 0; n < sums; ++n)
+      for (int64_t lane = 0; lane < W; ++lane) {
+        const bool n_gate = G == 3 && n == 2, q_part = G == 3 && n == 3;
+        const int64_t r = row(q, p, q_part ? 2 : n, lane);
+        F sum = r >= 0 && q.b_ih && !q_part ? widen(q.b_ih[r]) : F(0);
+        if (r >= 0 && q.b_hh && !n_gate) sum += widen(q.b_hh[r]);
+        to[n * W + lane] = sum;
+      }
+  }
 
   const Sequence<S>& q;
   const int64_t p0, p1;
@@ -138,11 +154,7 @@ template <class S, int G> struct CellWeights {
 
  private:
   void pack(int64_t i0, int64_t i1) const {  // counted from p0
-    const int64_t H = q.H, first = p0;
-    const auto row_of = [=](int64_t i, int64_t n, int64_t lane) {
-      const int64_t unit = G == 1 ? ((first + i) * PV + n) * W + lane : (first + i) * W + lane;
-      return unit < H ? (G == 1 ? unit : n * H + unit) : -1;
-    };
+    const auto row_of = [this](int64_t i, int64_t n, int64_t lane) { return row(q, p0 + i, n, lane); };
 #if FR_AMX
     if constexpr (on_tiles<S>) {
       for (int64_t c = i0 * PV; c < i1 * PV; ++c) {
@@ -156,15 +168,7 @@ template <class S, int G> struct CellWeights {
       pack_panels(q.w_ih, q.I, i0, i1, PV, row_of, w_ih.get());
       pack_panels(q.w_hh, q.P, i0, i1, PV, row_of, w_hh.get());
     }
-    for (int64_t i = i0; i < i1; ++i)
-      for (int64_t n = 0; n < sums; ++n)
-        for (int64_t lane = 0; lane < W; ++lane) {
-          const bool n_gate = G == 3 && n == 2, q_part = G == 3 && n == 3;
-          const int64_t row = row_of(i, q_part ? 2 : n, lane);
-          F sum = row >= 0 && q.b_ih && !q_part ? widen(q.b_ih[row]) : F(0);
-          if (row >= 0 && q.b_hh && !n_gate) sum += widen(q.b_hh[row]);
-          bias.get()[(i * sums + n) * W + lane] = sum;
-        }
+    for (int64_t i = i0; i < i1; ++i) starts(q, p0 + i, bias.get() + i * sums * W);
   }
 };
 

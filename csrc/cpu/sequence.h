@@ -1,5 +1,5 @@
-// What the three cells share around their equations: the order of steps, which rows take part, the products with the
-// weights. Compiled once per instruction set, by each_isa.h.
+// What the three cells share around their equations: the order of steps, which rows take part, the chunks of backward.
+// Compiled once per instruction set, by each_isa.h.
 
 namespace fr {
 namespace FR_ISA {
@@ -61,87 +61,6 @@ template <class S> class Accumulator {
   int64_t n_;
   Scratch<F> own_;
 };
-
-// ---- forward
-
-// One step of some rows, as the tiles of a cell see it: rows m < count with their numbers in the batch, the h each
-// starts from and its part of gx.
-template <class S> struct Step {
-  int64_t t, count;
-  int64_t K;  // elements of h that are still to be multiplied: P, or 0 where gx has them all
-  const int64_t* b;
-  const S* const* h;
-  int64_t p0, p1;        // the panels to compute
-  const Real<S>* w_hh;   // of those panels
-  const Real<S>* gx;     // of this step and those panels
-  int64_t panel_stride;  // of gx, in elements
-  const int64_t* place;  // of row m within gx
-};
-
-// Runs the steps of the rows b0 .. b1 for the panels of w: cell.step(Step) computes the rows that take part,
-// cell.skip(t, b) writes what the others leave. `y` holds every step's h, which the next step reads.
-template <class S, int G, class Cell>
-static void forward_block(const CellWeights<S, G>& w, int64_t b0, int64_t b1, const S* y, const Cell& cell) {
-  using F = Real<S>;
-  constexpr int64_t cache_bytes = 512 * 1024;  // what gx may take of a core's own cache
-  const Sequence<S>& q = w.q;
-  const int64_t rows = b1 - b0, panels = w.p1 - w.p0, row_elements = Products<S, G>::row_elements;
-  const int64_t fit = cache_bytes / (rows * panels * row_elements * static_cast<int64_t>(sizeof(F)));
-  const int64_t chunk = fit < 1 ? 1 : fit < q.T ? fit : q.T;
-  const Scratch<F> gx(chunk * rows * panels * row_elements);
-  const Scratch<S> zeros(q.P);
-  const Scratch<const S*> x(chunk * rows), h(rows), all_h(rows);
-  const Scratch<int64_t> b_of(rows), place(rows);
-  zero(zeros.get(), q.P);
-  const Products<S, G> products{w};
-  int64_t chunk_rows = 0;
-  for (int64_t s = 0; s < q.T; ++s) {
-    if (s % chunk == 0) {
-      chunk_rows = ((s + chunk < q.T ? s + chunk : q.T) - s) * rows;
-      for (int64_t r = 0; r < chunk_rows; ++r)
-        x.get()[r] = q.x + (time_of(q, s + r / rows) * q.B + b0 + r % rows) * q.I;
-      products.input(chunk_rows, x.get(), gx.get());
-    }
-    const int64_t t = time_of(q, s), panel_stride = chunk_rows * row_elements;
-    F* gx_now = gx.get() + (s % chunk) * rows * row_elements;
-    int64_t count = 0;
-    for (int64_t b = b0; b < b1; ++b) {
-      const bool there = takes_part(q, t, b);
-      const S* before = there ? state_before(q, s, b, q.h0, y, q.P) : nullptr;
-      all_h.get()[b - b0] = before ? before : zeros.get();
-      if (there)
-        b_of.get()[count] = b, place.get()[count] = b - b0, h.get()[count++] = all_h.get()[b - b0];
-      else if (w.p0 == 0)
-        cell.skip(t, b);
-    }
-    products.hidden(rows, all_h.get(), gx_now, panel_stride);
-    cell.step(Step<S>{t, count, on_tiles<S> ? 0 : q.P, b_of.get(), h.get(), w.p0, w.p1, w.w_hh.get(), gx_now,
-                      panel_stride, place.get()});
-  }
-}
-
-// All steps of all rows, split over the threads; the rows of a thread in blocks whose gx and state stay in a core's own
-// cache.
-template <class S, int G, class Cell>
-static void forward_steps(const Sequence<S>& q, int64_t multiply_adds, const S* y, const Cell& cell) {
-  constexpr int64_t cache_bytes = 512 * 1024, least = 64;
-  const int64_t panels = CellWeights<S, G>::panels_of(q);
-  const int64_t fit = cache_bytes / (panels * CellWeights<S, G>::sums * static_cast<int64_t>(FR_VEC_BYTES));
-  const int64_t most = fit > least ? fit : least;
-  const auto blocks = [&](const CellWeights<S, G>& w, int64_t b0, int64_t b1) {
-    const int64_t count = (b1 - b0 + most - 1) / most;
-    for (int64_t i = 0; i < count; ++i)
-      forward_block(w, b0 + (b1 - b0) * i / count, b0 + (b1 - b0) * (i + 1) / count, y, cell);
-  };
-  if (q.T > 1) {
-    const CellWeights<S, G> w(q, 0, panels);
-    split(q.pool, q.B, multiply_adds, [&](int64_t b0, int64_t b1) { blocks(w, b0, b1); });
-  } else {  // each panel is packed for one use, and used while it is in cache
-    split(q.pool, panels, multiply_adds, [&](int64_t p0, int64_t p1) {
-      for (int64_t p = p0; p < p1; ++p) blocks(CellWeights<S, G>(q, p, p + 1), 0, q.B);
-    });
-  }
-}
 
 // ---- backward
 

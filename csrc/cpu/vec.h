@@ -12,12 +12,10 @@ template <class F> struct RawOf;
 template <> struct RawOf<float> {
   typedef float Raw __attribute__((vector_size(FR_VEC_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(FR_VEC_BYTES)));
-  typedef float Quad __attribute__((vector_size(16)));
 };
 template <> struct RawOf<double> {
   typedef double Raw __attribute__((vector_size(FR_VEC_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(FR_VEC_BYTES)));
-  typedef double Quad __attribute__((vector_size(32)));
 };
 
 template <class F> struct Vec {
@@ -126,10 +124,48 @@ template <class F> FR_INLINE Vec<F> abs(Vec<F> a) { return from_bits<F>(bits_of(
 template <class F> FR_INLINE Vec<F> copysign(Vec<F> a, Vec<F> sign) {
   return from_bits<F>((bits_of(a) & ~sign_mask<F>()) | (bits_of(sign) & sign_mask<F>()));
 }
-FR_INLINE Vec<float> pow2_of_low_bits(Vec<float> shifted) { return from_bits<float>((bits_of(shifted) + 127) << 23); }
-FR_INLINE Vec<double> pow2_of_low_bits(Vec<double> shifted) {
-  return from_bits<double>((bits_of(shifted) + 1023) << 52);
+FR_INLINE Vec<float> exponent_of_low_bits(Vec<float> shifted) { return from_bits<float>(bits_of(shifted) << 23); }
+FR_INLINE Vec<double> exponent_of_low_bits(Vec<double> shifted) { return from_bits<double>(bits_of(shifted) << 52); }
+
+// What cell_math.h says of them for scalars. The instructions give their second operand where one is NaN.
+#if FR_VEC_BYTES == 64
+FR_INLINE Vec<float> at_least(Vec<float> low, Vec<float> x) {
+  return Vec<float>((Vec<float>::Raw)_mm512_max_ps((__m512)low.v, (__m512)x.v));
 }
+FR_INLINE Vec<float> at_most(Vec<float> high, Vec<float> x) {
+  return Vec<float>((Vec<float>::Raw)_mm512_min_ps((__m512)high.v, (__m512)x.v));
+}
+FR_INLINE Vec<double> at_least(Vec<double> low, Vec<double> x) {
+  return Vec<double>((Vec<double>::Raw)_mm512_max_pd((__m512d)low.v, (__m512d)x.v));
+}
+FR_INLINE Vec<double> at_most(Vec<double> high, Vec<double> x) {
+  return Vec<double>((Vec<double>::Raw)_mm512_min_pd((__m512d)high.v, (__m512d)x.v));
+}
+#elif FR_VEC_BYTES == 32
+FR_INLINE Vec<float> at_least(Vec<float> low, Vec<float> x) {
+  return Vec<float>((Vec<float>::Raw)_mm256_max_ps((__m256)low.v, (__m256)x.v));
+}
+FR_INLINE Vec<float> at_most(Vec<float> high, Vec<float> x) {
+  return Vec<float>((Vec<float>::Raw)_mm256_min_ps((__m256)high.v, (__m256)x.v));
+}
+FR_INLINE Vec<double> at_least(Vec<double> low, Vec<double> x) {
+  return Vec<double>((Vec<double>::Raw)_mm256_max_pd((__m256d)low.v, (__m256d)x.v));
+}
+FR_INLINE Vec<double> at_most(Vec<double> high, Vec<double> x) {
+  return Vec<double>((Vec<double>::Raw)_mm256_min_pd((__m256d)high.v, (__m256d)x.v));
+}
+#else
+template <class F> FR_INLINE Vec<F> at_least(Vec<F> low, Vec<F> x) { return if_less(x, low, low, x); }
+template <class F> FR_INLINE Vec<F> at_most(Vec<F> high, Vec<F> x) { return if_less(high, x, high, x); }
+#endif
+template <class F> FR_INLINE Vec<F> reciprocal(Vec<F> x) { return Vec<F>(1) / x; }
+#if FR_VEC_BYTES == 64
+// The instruction's 14 bits and a step of Newton's: a division takes three times as long.
+FR_INLINE Vec<float> reciprocal(Vec<float> x) {
+  const Vec<float> y((Vec<float>::Raw)_mm512_rcp14_ps((__m512)x.v));
+  return fma(y, fma(Vec<float>(0) - x, y, Vec<float>(1)), y);
+}
+#endif
 
 // What is computed with where S is stored: S itself, or float for bf16. `load` and `store` convert; `widen` one
 // element.
@@ -185,15 +221,10 @@ FR_INLINE void store(Vec<float> a, bf16* p, int64_t n) {
   __builtin_memcpy(p, some, static_cast<size_t>(n) * sizeof(bf16));
 }
 
-// Which lane of the two vectors a, b (numbered through, 0 .. 2W-1) goes to lane i of a shuffle's result.
-template <int W> struct LowHalves {  // a's low half, b's low half; Up: their high halves
-  template <int Up> static constexpr int at(int i) { return (i < W / 2 ? i : W / 2 + i) + Up * (W / 2); }
-};
-template <int W> struct LowQuarters {  // the lower half of each half of a, then of b; Up: the upper halves
-  template <int Up> static constexpr int at(int i) { return i / (W / 4) * (W / 2) + i % (W / 4) + Up * (W / 4); }
-};
-template <int Distance> struct Neighbour {
-  template <int> static constexpr int at(int i) { return i ^ Distance; }
+// Which lane of the two vectors a, b (numbered through, 0 .. 2W-1) goes to lane i of a shuffle's result: an exchange of
+// lanes between two rows D apart of a square, which is the step of a transposition. Up: what becomes the second row.
+template <int W, int D> struct Exchange {
+  template <int Up> static constexpr int at(int i) { return Up ? (i & D ? W + i : i + D) : (i & D ? W + i - D : i); }
 };
 template <class Pick, int Up, class F, int... I>
 FR_INLINE Vec<F> shuffle(Vec<F> a, Vec<F> b, std::integer_sequence<int, I...>) {
@@ -203,10 +234,6 @@ FR_INLINE Vec<F> shuffle(Vec<F> a, Vec<F> b, std::integer_sequence<int, I...>) {
   return Vec<F>(__builtin_shuffle(a.v, b.v, typename Vec<F>::RawBits{(Pick::template at<Up>(I))...}));
 #endif
 }
-// Exchanges lanes between two rows D apart of a square: the step of a transposition.
-template <int W, int D> struct Exchange {
-  template <int Up> static constexpr int at(int i) { return Up ? (i & D ? W + i : i + D) : (i & D ? W + i - D : i); }
-};
 // Row i becomes column i, for a square of vectors.
 template <class F, int D = Vec<F>::width / 2> FR_INLINE void transpose(Vec<F> (&rows)[Vec<F>::width]) {
   constexpr int W = Vec<F>::width;
@@ -221,39 +248,19 @@ template <class F, int D = Vec<F>::width / 2> FR_INLINE void transpose(Vec<F> (&
   if constexpr (D > 1) transpose<F, D / 2>(rows);
 }
 
-template <class Pick, class F> FR_INLINE Vec<F> fold(Vec<F> a, Vec<F> b) {
-  constexpr std::make_integer_sequence<int, Vec<F>::width> lanes{};
-  return shuffle<Pick, 0>(a, b, lanes) + shuffle<Pick, 1>(a, b, lanes);
-}
-
-// The sums over the lanes of four vectors, each by the same tree: halves, quarters, then neighbours.
-template <class F> struct Four {
-  typename RawOf<F>::Quad v;
-  static FR_INLINE Four load(const F* p) {
-    Four a;
-    __builtin_memcpy(&a.v, p, sizeof a.v);
-    return a;
-  }
-  FR_INLINE void store(F* p) const { __builtin_memcpy(p, &v, sizeof v); }
-};
-template <class F> FR_INLINE Four<F> lane_sums(Vec<F> a, Vec<F> b, Vec<F> c, Vec<F> d) {
+// Lanes D apart added: those of a where the lane's number has no bit D, those of b where it has.
+template <int D, class F> FR_INLINE Vec<F> fold(Vec<F> a, Vec<F> b) {
   constexpr int W = Vec<F>::width;
   constexpr std::make_integer_sequence<int, W> lanes{};
-  const Vec<F> ab = fold<LowHalves<W>>(a, b), cd = fold<LowHalves<W>>(c, d);
-  if constexpr (W == 2) {
-    const typename RawOf<F>::Quad sums = {ab.v[0], ab.v[1], cd.v[0], cd.v[1]};
-    return Four<F>{sums};
-  } else {
-    Vec<F> all = fold<LowQuarters<W>>(ab, cd);
-    if constexpr (W >= 16) all = all + shuffle<Neighbour<2>, 0>(all, all, lanes);
-    if constexpr (W >= 8) all = all + shuffle<Neighbour<1>, 0>(all, all, lanes);
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-    return Four<F>{__builtin_shufflevector(all.v, all.v, 0, W / 4, W / 2, 3 * (W / 4))};
-#else
-    const typename RawOf<F>::Quad sums = {all.v[0], all.v[W / 4], all.v[W / 2], all.v[3 * (W / 4)]};
-    return Four<F>{sums};
-#endif
-  }
+  return shuffle<Exchange<W, D>, 0>(a, b, lanes) + shuffle<Exchange<W, D>, 1>(a, b, lanes);
+}
+// Lane i of the result is the sum of the lanes of rows[i % N] whose numbers are i modulo N, by the same tree for every
+// row: neighbours first. With N = width it is the sum of all lanes of rows[i].
+template <int D = 1, class F, int N> FR_INLINE Vec<F> lane_sums(Vec<F> (&rows)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; i += 2 * D) rows[i] = fold<D>(rows[i], rows[i + D]);
+  if constexpr (2 * D < N) return lane_sums<2 * D>(rows);
+  return rows[0];
 }
 
 }  // namespace FR_ISA
