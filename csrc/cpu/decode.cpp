@@ -302,7 +302,7 @@ template <class Weight> static void linear(const LinearJob& job, Part part) {
 }
 
 template <class Weight>
-static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, const float*, Panels& out) {
+static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
   constexpr int64_t W = Vec<float>::width;
   const int64_t elements = out.count * out.vectors * W * K;
   Memory plain(elements * 4);
@@ -318,11 +318,11 @@ static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, co
   }
 }
 
-template <class Weight> static void to_activations(const float* from, int64_t n, void* to) {
+template <class Weight> static void to_activations(const float* from, int64_t n, void* to, int64_t) {
   for (int64_t i = 0; i < n; ++i)
     static_cast<float*>(to)[i] = sizeof(Weight) == 4 ? from[i] : widen(to_bfloat16(from[i]));
 }
-static void from_activations(const void* from, int64_t n, float* to) {
+static void from_activations(const void* from, int64_t, int64_t n, float* to) {
   __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
 }
 

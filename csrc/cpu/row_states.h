@@ -33,6 +33,7 @@ class RowStates {
   const PackedNetwork& net_;
   int64_t capacity_;
   Memory gathered_;  // what the ids of a step read, where there is no table
+  Memory rounding_;  // (capacity, padded) h of a layer, where activations are scaled
   int parity_ = 0;   // which of the two buffers of activations holds the state
   bool turn_ = false;
   std::vector<Memory> activations_[2], carry_;

@@ -215,10 +215,6 @@ void test_kind(Cell cell, Precision precision, bool one_shape) {
     if (one_shape && H != 7) continue;
     at() = kind + " H=" + std::to_string(H) + " V=" + std::to_string(V);
     const Model model(cell, L, H, V, E, 11);
-    if (precision == Precision::int8 && cell == Cell::rnn_relu) {
-      CHECK(throws([&] { model.pack(precision); }));
-      continue;
-    }
     const Net net = model.pack(precision);
     test_ways(net, 28, false);
     if (V > 1 && V < 600) test_ways(net, 10, true);
@@ -244,7 +240,6 @@ void test_large(Precision precision) {
 void test_without_table(Precision precision) {
   at() = std::string(fr::cpu_isa()) + " without a table " + kPrecisions[static_cast<int>(precision)];
   const Model model(Cell::lstm, 1, 256, 66000, 5, 4);
-  if (precision == Precision::int8) return CHECK(throws([&] { model.pack(precision); }));
   const Net net = model.pack(precision);
   CHECK(!net->table.get());
   Requests rows = many_requests(3, net->V, 0);
