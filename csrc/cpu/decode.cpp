@@ -301,8 +301,7 @@ template <class Weight> static void linear(const LinearJob& job, Part part) {
   }
 }
 
-template <class Weight>
-static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
+template <class Weight> static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
   constexpr int64_t W = Vec<float>::width;
   const int64_t elements = out.count * out.vectors * W * K;
   Memory plain(elements * 4);

@@ -32,16 +32,6 @@ struct Block {
   int64_t done;                                    // rows whose state is computed
 };
 
-template <class T, int NV> static FR_INLINE Operand operand(const Panels& m, const void* a, int64_t row, int64_t p) {
-  if (!a) return {nullptr, 0, nullptr, 0};
-  const int64_t blocks = m.K / (T::group * kTileRows);
-  return {static_cast<const char*>(a), row, m.weights.as<char>() + p * blocks * NV * kTileBytes, blocks};
-}
-static FR_INLINE Operand rows_from(Operand o, int64_t r) {
-  o.a += r * o.row;
-  return o;
-}
-
 // base + what int32 sums in the place of floats are worth, of the columns from `column` on. A layer's products with its
 // input are the same numbers, whether a LinearJob has made them or the layer itself.
 static FR_INLINE __m512 add_worth(const float* sums, const Panels& panels, int64_t column, float row_worth,
@@ -227,8 +217,8 @@ template <class T, Cell C> static void tile_layer(const LayerJob& job, Part part
   blocks[1].rows = blocks[1].done = 0;
   configure_tiles(job.rows <= kTileRows ? job.rows : kTileRows);
   for (int64_t p = part.begin(hidden.count); p < last; ++p) {
-    const Operand o1 = operand<T, NV>(in, job.a1, job.row1, p),
-                  o2 = operand<T, NV>(hidden, job.a2, job.network->row, p);
+    const Operand o1 = operand<T, NV>(*job.network, in, job.a1, job.row1, p),
+                  o2 = operand<T, NV>(*job.network, hidden, job.a2, job.network->row, p);
     const bool narrow = job.rows <= kTileRows;
     const int64_t both = o1.blocks + o2.blocks, longer = o1.blocks > o2.blocks ? o1.blocks : o2.blocks;
     const int64_t steps = narrow ? both : C == Cell::gru ? both + longer : 2 * both;
@@ -282,12 +272,12 @@ template <class T> static FR_INLINE void write_sums(const LinearJob& job, const 
 template <class T, int NV> static void linear_panels(const LinearJob& job, Part part) {
   const int64_t begin = part.begin(job.panels->count), end = part.end(job.panels->count);
   const auto nothing = [] {};
-  const Operand none{nullptr, 0, nullptr, 0};
+  const Operand none{nullptr, 0, nullptr, 0, false};
   Block b;
   configure_tiles(job.rows <= kTileRows ? job.rows : kTileRows);
   for (int64_t i = begin; i < end; ++i) {
     b.p = job.backwards ? end - 1 - (i - begin) : i;
-    const Operand o = operand<T, NV>(*job.panels, job.a, job.row, b.p);
+    const Operand o = operand<T, NV>(*job.network, *job.panels, job.a, job.row, b.p);
     const Start s{T::is_int8 ? nullptr : job.bias + b.p * NV * kLanes, 0};
     for (b.r = 0; b.r < job.rows; b.r += kBlockRows) {
       b.rows = job.rows - b.r < kBlockRows ? job.rows - b.r : kBlockRows;

@@ -17,6 +17,7 @@ namespace fr {
 namespace {
 
 constexpr int64_t kLine = 64, kHugePage = 2 << 20;
+constexpr int64_t kReadAhead = 2048;  // kernels ask for weights a little ahead of where they are
 // A table of products beyond this is not made: an id's embedding is multiplied at each step instead.
 constexpr int64_t kTableBytes = 256 << 20;
 
@@ -143,7 +144,7 @@ void lie_together(PackedNetwork& net) {
   add(net.head), parts.push_back(&net.head_bias);
   int64_t bytes = 0;
   for (const Memory* part : parts) bytes += round_up(part->bytes(), kLine);
-  const Memory all(bytes >= kHugePage / 4 ? std::max(bytes, kHugePage) : bytes);
+  const Memory all(bytes >= kHugePage / 4 ? std::max(bytes, kHugePage - kReadAhead) : bytes);
   for (int64_t at = 0; Memory* part : parts) {
     if (!part->get()) continue;
     std::memcpy(all.as<char>() + at, part->get(), static_cast<size_t>(part->bytes()));
@@ -156,8 +157,7 @@ void lie_together(PackedNetwork& net) {
 }  // namespace
 
 Memory::Memory(int64_t bytes) : bytes_(bytes) {
-  // Kernels ask for weights a little ahead of where they are.
-  const int64_t align = bytes >= kHugePage ? kHugePage : kLine, size = round_up(bytes + 2048, align);
+  const int64_t align = bytes >= kHugePage ? kHugePage : kLine, size = round_up(bytes + kReadAhead, align);
   void* p = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(size));
   if (!p) throw std::bad_alloc();
 #if defined(__linux__)

@@ -10,6 +10,7 @@ namespace fr {
 namespace FR_ISA {
 
 constexpr int64_t kTileBytes = 1024, kTileRows = 16, kBlockRows = 32, kLanes = 16;
+constexpr int64_t kCacheBytes = 2 << 20;  // of the L2 of a core with tiles
 
 struct Bfloat16 {
   static constexpr bool is_int8 = false;
@@ -45,16 +46,31 @@ struct Operand {
   int64_t row;    // bytes between rows
   const char* w;
   int64_t blocks;  // tiles along k
+  bool far;        // the network is larger than a core's cache
 };
+
+// The rows a, or null for nothing, and panel p of m.
+template <class T, int NV>
+static FR_INLINE Operand operand(const PackedNetwork& net, const Panels& m, const void* a, int64_t row, int64_t p) {
+  if (!a) return {nullptr, 0, nullptr, 0, false};
+  const int64_t blocks = m.K / (T::group * kTileRows);
+  return {static_cast<const char*>(a), row, m.weights.as<char>() + p * blocks * NV * kTileBytes, blocks,
+          net.weight_bytes > kCacheBytes};
+}
+static FR_INLINE Operand rows_from(Operand o, int64_t r) {
+  o.a += r * o.row;
+  return o;
+}
 
 // Adds an operand's products to sums 0 .. NV-1 of up to 16 rows; vector 2 goes to sums `third`. `between` runs after
 // each k: what it computes is hidden behind the tiles.
 template <class T, int NV, int third, class Between>
 static FR_INLINE void add_narrow(const Operand& o, const Between& between) {
-  constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights: ask for them early
+  constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights that are far away: ask for them early
   for (int64_t k = 0; k < o.blocks; ++k) {
     const char* w = o.w + k * NV * kTileBytes;
-    for (int64_t line = 0; line < NV * kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+    if (o.far)
+      for (int64_t line = 0; line < NV * kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
     _tile_loadd(4, o.a + k * 64, o.row);
     _tile_loadd(6, w, 64);
     FR_TILE_DOT(0, 4, 6);
