@@ -1,0 +1,260 @@
+"""The draw of tokens from rows of logits, as `fastrnn.reference_sample` defines it: one launch, or two for few long
+rows, without probabilities in memory and without a word from the host between them.
+
+Seed, sequence and step are read from memory, so that a replayed CUDA graph draws anew when they are changed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .draw import draw_tokens, greedy_token, keep_statistics, row_largest, row_total, vote
+from .draw_math import INFINITY, LARGEST_FLOAT, LN_2, LOG2_E, NAN, SCALE_MIN, STATUS_PARAMETER, log_total, random_words
+from .filter import LOWEST_KEY, filter_row
+from .launch import Variant
+
+MAX_VOCABULARY = 1 << 24
+
+
+@triton.jit
+def row_parameters(i_row, p_scale, p_top_k, p_top_p, p_min_p):
+    """``(scale, top_k, top_p, min_p, good, greedy, filtered)`` of a row; scale is 1 where nothing is drawn with it."""
+    scale = tl.load(p_scale + i_row)
+    top_k = tl.load(p_top_k + i_row)
+    top_p = tl.load(p_top_p + i_row)
+    min_p = tl.load(p_min_p + i_row)
+    greedy = scale == 0.0
+    good = greedy | ((scale >= SCALE_MIN) & (scale <= LARGEST_FLOAT))
+    good = good & (top_k >= 0) & (top_p >= 0) & (min_p >= 0.0)
+    drawn = good & (scale != 0.0)
+    filtered = drawn & ((top_k > 0) | (top_p > 0) | (min_p < INFINITY))
+    return tl.where(drawn, scale, 1.0), top_k, top_p, min_p, good, greedy, filtered
+
+
+@triton.jit
+def statistics_kernel(
+    p_logits, stride, p_mask, mask_stride, p_scale, p_top_k, p_top_p, p_min_p, p_tops, p_sums, vocabulary, share,
+    LOGPROBS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """``m_t`` and ``W_t`` of the rows that no filter touches.
+
+    Owns: program (b, s) the statistics of tiles s * share .. (s + 1) * share - 1 of row b.
+    Keeps: TILES tiles of logits in registers.
+    Moves: reads each logit once, writes 12 bytes a tile, 24 with LOGPROBS.
+    Syncs: none.
+    Limits: V up to 2**24.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    scale, _, _, min_p, _, _, filtered = row_parameters(i_row, p_scale, p_top_k, p_top_p, p_min_p)
+    if not filtered:
+        p_row_mask = p_mask
+        if p_mask is not None:
+            p_row_mask = p_mask + i_row * mask_stride
+        tiles = tl.cdiv(vocabulary, 256)
+        o_row = i_row * (2 * tiles if LOGPROBS else tiles)
+        begin = tl.program_id(1) * share
+        keep_statistics(
+            p_logits + i_row * stride, p_row_mask, vocabulary, begin, tl.minimum(begin + share, tiles), tiles, False,
+            (LOWEST_KEY, -1, 0.0, scale, min_p), p_tops + o_row, p_sums + o_row, LOGPROBS, TILES,
+        )  # fmt: skip
+
+
+@triton.jit
+def choose(
+    p_row, p_mask, vocabulary, filtered, cut, p_tops, p_sums, tiles, largest, greedy, names, p_tokens, p_margins,
+    mode_of, LEVEL: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """``(token, margin, U)`` of a row that can be drawn from; names: seed, sequence and step."""
+    total = row_total(p_tops, p_sums, tiles, largest, cut[3], LEVEL)
+    if greedy:
+        token, margin = greedy_token(p_row, p_mask, vocabulary, p_tops, tiles, largest, LEVEL)
+        token = token.to(tl.int64)
+    elif DRAWS == 1:
+        words = random_words(names[0], names[1], names[2], tl.zeros((1,), tl.int64))
+        tokens, margins = draw_tokens(
+            p_row, p_mask, vocabulary, filtered, cut, p_tops, p_sums, tiles, largest, total, words, LEVEL
+        )
+        token, margin = tl.sum(tokens).to(tl.int64), tl.sum(margins)
+    else:
+        for first in range(0, mode_of, DRAWS):
+            n = first + tl.arange(0, DRAWS)
+            words = random_words(names[0], names[1], names[2], n.to(tl.int64))
+            tokens, margins = draw_tokens(
+                p_row, p_mask, vocabulary, filtered, cut, p_tops, p_sums, tiles, largest, total, words, LEVEL
+            )
+            tl.store(p_tokens + n, tokens.to(tl.int64), mask=n < mode_of)
+            tl.store(p_margins + n, margins, mask=n < mode_of)
+        tl.debug_barrier()
+        token, margin = vote(p_tokens, p_margins, mode_of)
+    return token, margin, total
+
+
+@triton.jit
+def log_probabilities(p_row, token, p_tops, p_sums, tiles, largest, total, scale, greedy, LEVEL: tl.constexpr):
+    """Natural logarithms, float64, of a token's probabilities: at T = 1 among all logits, and as it was drawn."""
+    value = tl.load(p_row + token).to(tl.float32).to(tl.float64)
+    tempered = LN_2 * (value - largest.to(tl.float64)) * scale.to(tl.float64) - log_total(total, tiles)
+    top, _ = row_largest(p_tops + tiles, tiles, LEVEL)
+    plain = row_total(p_tops + tiles, p_sums + tiles, tiles, top, LOG2_E, LEVEL)
+    return value - top.to(tl.float64) - log_total(plain, tiles), tl.where(greedy, 0.0, tempered)
+
+
+@triton.jit
+def draw_kernel(
+    p_logits, stride, p_mask, mask_stride, p_scale, p_top_k, p_top_p, p_min_p, p_seed, p_sequence, p_step,
+    p_token, p_logprob, p_tempered, p_margin, p_status, p_tops, p_sums, p_tokens, p_margins, vocabulary, mode_of,
+    KEPT: tl.constexpr, LOGPROBS: tl.constexpr, TILES: tl.constexpr, LEVEL: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """A token a row; with KEPT from the statistics of `statistics_kernel`, where no filter touches the row.
+
+    Owns: program b the results of row b.
+    Keeps: TILES tiles of logits, LEVEL tiles' statistics, DRAWS look-ups in a tile, in registers.
+    Moves: reads each logit once (not at all with KEPT), 20 times more for each of top_k and top_p, and the drawn tile.
+    Syncs: one barrier of its threads between writing the statistics and reading them, one more for a vote.
+    Limits: V up to 2**24.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    p_row = p_logits + i_row * stride
+    p_row_mask = p_mask
+    if p_mask is not None:
+        p_row_mask = p_mask + i_row * mask_stride
+    scale, top_k, top_p, min_p, good, greedy, filtered = row_parameters(i_row, p_scale, p_top_k, p_top_p, p_min_p)
+    tiles = tl.cdiv(vocabulary, 256)
+    p_tops += i_row * (2 * tiles if LOGPROBS else tiles)
+    p_sums += i_row * (2 * tiles if LOGPROBS else tiles)
+    cut_key, cut_id = tl.full((), LOWEST_KEY, tl.int32), tl.full((), -1, tl.int32)
+    cut_top = tl.full((), 0.0, tl.float32)
+    if filtered:
+        cut_key, cut_id, cut_top = filter_row(p_row, p_row_mask, vocabulary, scale, top_k, top_p, TILES * 256)
+    cut = (cut_key, cut_id, cut_top, scale, min_p)
+    if filtered | (not KEPT):
+        keep_statistics(
+            p_row, p_row_mask, vocabulary, 0, tiles, tiles, filtered, cut, p_tops, p_sums, LOGPROBS, TILES
+        )
+        tl.debug_barrier()
+    largest, status = row_largest(p_tops, tiles, LEVEL)
+    status = tl.where(good, status, STATUS_PARAMETER)
+    tl.store(p_status + i_row, status)
+    token = tl.full((), 0, tl.int64)
+    plain, tempered, margin = tl.full((), NAN, tl.float64), tl.full((), NAN, tl.float64), tl.full((), NAN, tl.float64)
+    if status == 0:
+        names = (tl.load(p_seed + i_row), tl.load(p_sequence + i_row), tl.load(p_step + i_row))
+        token, margin, total = choose(
+            p_row, p_row_mask, vocabulary, filtered, cut, p_tops, p_sums, tiles, largest, greedy, names,
+            p_tokens + i_row * mode_of, p_margins + i_row * mode_of, mode_of, LEVEL, DRAWS,
+        )  # fmt: skip
+        if LOGPROBS:
+            plain, tempered = log_probabilities(
+                p_row, token, p_tops, p_sums, tiles, largest, total, scale, greedy, LEVEL
+            )
+    tl.store(p_token + i_row, token)
+    if LOGPROBS:
+        tl.store(p_logprob + i_row, plain.to(tl.float32))
+        tl.store(p_tempered + i_row, tempered.to(tl.float32))
+        tl.store(p_margin + i_row, margin.to(tl.float32))
+
+
+# --- launching ------------------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """How a vocabulary is worked through: tiles of logits and of the level above at once, and warps."""
+
+    tiles: int
+    level: int
+    num_warps: int
+
+
+def shape_of(vocabulary: int, mode_of: int) -> Shape:
+    """A program holds up to 8 tiles: eight logits a thread."""
+    if vocabulary <= 256:
+        return Shape(1, 16, 1 if mode_of == 1 else 4)
+    return Shape(8, 256, 8)
+
+
+def parts_of(rows: int, vocabulary: int, processors: int) -> int:
+    """Into how many programs a row is split: as many as fill the GPU twice, none with less than 4096 logits; 1 = one
+    launch, which is the faster one where rows alone fill the GPU."""
+    return max(1, min(2 * processors // max(rows, 1), vocabulary // 4096))
+
+
+def _check(logits: Tensor, columns: dict[str, Tensor], mask: Tensor | None, mode_of: int) -> None:
+    rows, vocabulary = logits.shape
+    if mode_of < 1:
+        raise ValueError(f"sample: mode_of must be at least 1, got {mode_of}")
+    if not 1 <= vocabulary <= MAX_VOCABULARY:
+        raise ValueError(f"sample: logits must have 1 to {MAX_VOCABULARY} columns (tokens), got {vocabulary}")
+    for name, column in columns.items():
+        dtype = torch.float32 if name in ("scale", "min_p") else torch.int64
+        if column.shape != (rows,) or column.dtype != dtype or column.device != logits.device:
+            raise RuntimeError(
+                f"sample: {name} must be (B,) = ({rows},) {dtype} on {logits.device}, like logits, "
+                f"got {tuple(column.shape)} {column.dtype} on {column.device}"
+            )
+    if mask is not None and (
+        mask.shape not in ((1, vocabulary), (rows, vocabulary)) or mask.dtype != torch.bool or mask.device != logits.device
+    ):
+        raise RuntimeError(
+            f"sample: mask must be (1, V) or (B, V) = ({rows}, {vocabulary}) bool on {logits.device}, like logits, "
+            f"got {tuple(mask.shape)} {mask.dtype} on {mask.device}"
+        )
+
+
+def sample(
+    logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, mask: Tensor | None,
+    seed: Tensor, sequence: Tensor, step: Tensor, mode_of: int = 1, logprobs: bool = False, parts: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fastrnn.reference_sample.sample` on a GPU. Logits of float16 or bfloat16 are drawn from as float32 ones.
+
+    parts: into how many programs a row is split; above 1 it takes two launches. None: `parts_of` chooses.
+    """
+    columns = dict(scale=scale, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, sequence=sequence, step=step)
+    _check(logits, columns, mask, mode_of)
+    rows, vocabulary = logits.shape
+    tiles, floats = triton.cdiv(vocabulary, 256), rows if logprobs else 0
+    token, status = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.int32)
+    plain, tempered, margin = (logits.new_empty(floats, dtype=torch.float32) for _ in range(3))
+    if rows == 0:
+        return token, plain, tempered, margin, status
+    if logits.stride(1) != 1 and vocabulary > 1:
+        logits = logits.contiguous()
+    statistics = (rows, 2 if logprobs else 1, tiles)
+    tops, sums = logits.new_empty(statistics, dtype=torch.float32), logits.new_empty(statistics, dtype=torch.int64)
+    votes = rows * mode_of if mode_of > 1 else 0
+    tokens, margins = logits.new_empty(votes, dtype=torch.int64), logits.new_empty(votes, dtype=torch.float64)
+    if mask is not None:
+        mask = mask.contiguous().view(torch.uint8)
+    mask_stride = 0 if mask is None or mask.shape[0] == 1 else vocabulary
+    given = (logits, logits.stride(0), mask, mask_stride)
+    columns = [column.contiguous() for column in columns.values()]
+    shape = shape_of(vocabulary, mode_of)
+    options = dict(num_warps=shape.num_warps, enable_fp_fusion=False, LOGPROBS=logprobs, TILES=shape.tiles)
+    if parts is None:
+        parts = parts_of(rows, vocabulary, processors(logits.device))
+    with on_device(logits.device):
+        if parts > 1:
+            share = triton.cdiv(tiles, parts)
+            statistics_kernel[(rows, triton.cdiv(tiles, share))](
+                *given, *columns[:4], tops, sums, vocabulary, share, **options
+            )
+        draw_kernel[(rows,)](
+            *given, *columns, token, plain, tempered, margin, status, tops, sums, tokens, margins, vocabulary, mode_of,
+            KEPT=parts > 1, LEVEL=shape.level, DRAWS=1 if mode_of == 1 else 16, **options,
+        )  # fmt: skip
+    return token, plain, tempered, margin, status
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes ``device`` the current one, which is where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
