@@ -25,7 +25,7 @@ from .draw_math import (
 )
 from .filter import load_logits, survives
 
-VOTES = tl.constexpr(64)  # draws of a vote that are compared with as many at once
+VOTES = tl.constexpr(32)  # draws of a vote that are compared with as many at once
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The arithmetic of a draw in Triton, bit for bit that of `fastrnn.reference_sample` (csrc/sampling.h in C++).
 
-Only float32 fma, mul, sub, compare and floor, each correctly rounded, and integer operations stand on the path of a
+Only float32 fma, mul, sub and compare, each correctly rounded, and integer operations stand on the path of a
 decision, so that a kernel must be launched with ``enable_fp_fusion=False``: a multiplication and the subtraction after
 it would otherwise become one fma. Masses are int64; every sum of them is below 2**63 and does not depend on its order.
 """
@@ -37,8 +37,9 @@ STATUS_PARAMETER = tl.constexpr(4)
 def exp2_parts(z):
     """``(m24, -k)`` of ``2**z`` for float32 ``z <= 0`` as int32; ``z`` below -63 and NaN count as -63."""
     z = tl.where(z > -63.0, z, -63.0)
-    k = tl.floor(z)
-    f = z - k
+    k = z.to(tl.int32)
+    k -= (k.to(tl.float32) > z).to(tl.int32)  # tl.floor takes a denormal z for 0, this for -1
+    f = z - k.to(tl.float32)
     q = tl.fma(f, tl.full(f.shape, C5, tl.float32), tl.full(f.shape, C4, tl.float32))
     q = tl.fma(q, f, tl.full(f.shape, C3, tl.float32))
     q = tl.fma(q, f, tl.full(f.shape, C2, tl.float32))
@@ -46,7 +47,7 @@ def exp2_parts(z):
     q = tl.fma(q, f, tl.full(f.shape, 1.0, tl.float32))
     bits = q.to(tl.int32, bitcast=True) - 0x3F000000
     bits = tl.minimum(tl.maximum(bits, 0x800000), 0xFFFFFF)  # q clamped to [1, 2)
-    return bits, -k.to(tl.int32)
+    return bits, -k
 
 
 @triton.jit

@@ -41,21 +41,20 @@ def survives(x, o, cut):
 
 
 @triton.jit
-def weigh(p_row, p_mask, o, vocabulary, cut, MASS: tl.constexpr):
-    """Keys, and weights of the survivors of ``cut``: 1, or with ``MASS`` the mass that top_p counts; 0 for others."""
+def weigh(p_row, p_mask, o, vocabulary, cut, by_mass):
+    """Keys, and weights of the survivors of ``cut``: 1, or ``by_mass`` the mass that top_p counts; 0 for others."""
     cut_key, cut_id, largest, scale = cut
     x, _ = load_logits(p_row, p_mask, o, vocabulary)
     key = order_key(x)
     ahead = (key > cut_key) | ((key == cut_key) & (o <= cut_id))
-    if MASS:
+    weight = tl.full(x.shape, 1, tl.int64)
+    if by_mass:
         weight = exp_mass((x - largest) * scale) >> TOP_P_SHIFT
-    else:
-        weight = tl.full(x.shape, 1, tl.int64)
     return key, tl.where(ahead & (x > -INFINITY), weight, 0)
 
 
 @triton.jit
-def key_reaching(p_row, p_mask, vocabulary, cut, target, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def key_reaching(p_row, p_mask, vocabulary, cut, target, by_mass, BLOCK: tl.constexpr):
     """The largest key from which on the weights reach ``target``."""
     found = tl.full((), 0, tl.int64)  # the key plus 2**31, bits still to be found 0
     for digit in range(DIGITS):
@@ -64,7 +63,7 @@ def key_reaching(p_row, p_mask, vocabulary, cut, target, MASS: tl.constexpr, BLO
         two = tl.zeros((BLOCK,), tl.int64)
         three = tl.zeros((BLOCK,), tl.int64)
         for first in range(0, vocabulary, BLOCK):
-            key, weight = weigh(p_row, p_mask, first + tl.arange(0, BLOCK), vocabulary, cut, MASS)
+            key, weight = weigh(p_row, p_mask, first + tl.arange(0, BLOCK), vocabulary, cut, by_mass)
             rest = key.to(tl.int64) + KEY_OFFSET - found
             one += tl.where(rest >= step, weight, 0)
             two += tl.where(rest >= 2 * step, weight, 0)
@@ -75,12 +74,12 @@ def key_reaching(p_row, p_mask, vocabulary, cut, target, MASS: tl.constexpr, BLO
 
 
 @triton.jit
-def id_reaching(p_row, p_mask, vocabulary, cut, last_key, target, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def id_reaching(p_row, p_mask, vocabulary, cut, last_key, target, by_mass, BLOCK: tl.constexpr):
     """The lowest id up to which those of key ``last_key``, with all of larger keys, reach ``target``."""
     above = tl.zeros((BLOCK,), tl.int64)
     each = tl.full((), 1, tl.int64)  # equal keys have equal weights
     for first in range(0, vocabulary, BLOCK):
-        key, weight = weigh(p_row, p_mask, first + tl.arange(0, BLOCK), vocabulary, cut, MASS)
+        key, weight = weigh(p_row, p_mask, first + tl.arange(0, BLOCK), vocabulary, cut, by_mass)
         above += tl.where(key > last_key, weight, 0)
         each = tl.maximum(each, tl.max(tl.where(key == last_key, weight, 0)))
     ties = (target - tl.sum(above) + each - 1) // each
@@ -88,7 +87,7 @@ def id_reaching(p_row, p_mask, vocabulary, cut, last_key, target, MASS: tl.const
     last = tl.full((), -1, tl.int32)
     for first in range(0, vocabulary, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        key, weight = weigh(p_row, p_mask, o, vocabulary, cut, MASS)
+        key, weight = weigh(p_row, p_mask, o, vocabulary, cut, by_mass)
         tie = ((key == last_key) & (weight > 0)).to(tl.int32)
         rank = seen + tl.cumsum(tie, 0)
         last = tl.maximum(last, tl.max(tl.where((tie > 0) & (rank <= ties), o, -1)))
@@ -97,21 +96,21 @@ def id_reaching(p_row, p_mask, vocabulary, cut, last_key, target, MASS: tl.const
 
 
 @triton.jit
-def narrow(p_row, p_mask, vocabulary, cut_key, cut_id, largest, scale, amount, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The cut (key, id) narrowed to the first ``amount`` survivors, or with ``MASS`` to those whose mass reaches the
+def narrow(p_row, p_mask, vocabulary, cut_key, cut_id, largest, scale, amount, by_mass, BLOCK: tl.constexpr):
+    """The cut (key, id) narrowed to the first ``amount`` survivors, or ``by_mass`` to those whose mass reaches the
     share ``amount`` (in units of 2**-63) of the mass of all."""
     cut = (cut_key, cut_id, largest, scale)
     weights = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, vocabulary, BLOCK):
-        weights += weigh(p_row, p_mask, first + tl.arange(0, BLOCK), vocabulary, cut, MASS)[1]
+        weights += weigh(p_row, p_mask, first + tl.arange(0, BLOCK), vocabulary, cut, by_mass)[1]
     total = tl.sum(weights)
     target = amount
-    if MASS:
+    if by_mass:
         share = amount.to(tl.uint64)
         target = mulhi64(share, total * 2) + (share * (total * 2).to(tl.uint64) != 0).to(tl.int64)
     if target <= total:
-        cut_key = key_reaching(p_row, p_mask, vocabulary, cut, target, MASS, BLOCK)
-        cut_id = id_reaching(p_row, p_mask, vocabulary, cut, cut_key, target, MASS, BLOCK)
+        cut_key = key_reaching(p_row, p_mask, vocabulary, cut, target, by_mass, BLOCK)
+        cut_id = id_reaching(p_row, p_mask, vocabulary, cut, cut_key, target, by_mass, BLOCK)
     return cut_key, cut_id
 
 
@@ -124,8 +123,10 @@ def filter_row(p_row, p_mask, vocabulary, scale, top_k, top_p, BLOCK: tl.constex
     top = tl.max(largest)
     cut_key = tl.full((), LOWEST_KEY, tl.int32)
     cut_id = tl.full((), -1, tl.int32)
-    if top_k > 0:
-        cut_key, cut_id = narrow(p_row, p_mask, vocabulary, cut_key, cut_id, top, scale, top_k, False, BLOCK)
-    if top_p > 0:
-        cut_key, cut_id = narrow(p_row, p_mask, vocabulary, cut_key, cut_id, top, scale, top_p, True, BLOCK)
+    for selection in range(2):  # a loop, so that the code of a selection is there once
+        amount = tl.where(selection == 0, top_k, top_p)
+        if amount > 0:
+            cut_key, cut_id = narrow(
+                p_row, p_mask, vocabulary, cut_key, cut_id, top, scale, amount, selection == 1, BLOCK
+            )
     return cut_key, cut_id, top

@@ -245,7 +245,7 @@ def sample(
             )
         draw_kernel[(rows,)](
             *given, *columns, token, plain, tempered, margin, status, tops, sums, tokens, margins, vocabulary, mode_of,
-            KEPT=parts > 1, LEVEL=shape.level, DRAWS=1 if mode_of == 1 else 16, **options,
+            KEPT=parts > 1, LEVEL=shape.level, DRAWS=1 if mode_of == 1 else 8, **options,
         )  # fmt: skip
     return token, plain, tempered, margin, status
 
@@ -258,3 +258,45 @@ def processors(device: torch.device) -> int:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes ``device`` the current one, which is where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# --- what is compiled -----------------------------------------------------------------------------------------------
+
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_COLUMNS = dict(p_scale="*fp32", p_top_k="*i64", p_top_p="*i64", p_min_p="*fp32", p_seed="*i64", p_sequence="*i64")
+_SIGNATURE = _COLUMNS | dict(
+    stride="i64", mask_stride="i64", p_step="*i64", p_token="*i64", p_logprob="*fp32", p_tempered="*fp32",
+    p_margin="*fp32", p_status="*i32", p_tops="*fp32", p_sums="*i64", p_tokens="*i64", p_margins="*fp64",
+    vocabulary="i32", mode_of="i32", share="i32",
+)  # fmt: skip
+
+
+def _variant(fn, dtype: torch.dtype, vocabulary: int, mode_of: int, masked: bool, **constants) -> Variant:
+    shape = shape_of(vocabulary, mode_of)
+    known = dict(TILES=shape.tiles, LEVEL=shape.level, DRAWS=1 if mode_of == 1 else 8) | constants
+    known |= {"p_mask": None, "mask_stride": 0} if not masked else {}
+    known |= {"mode_of": 1} if mode_of == 1 else {}
+    known = {name: value for name, value in known.items() if name in fn.arg_names}
+    types = _SIGNATURE | {"p_logits": _TYPES[dtype], "p_mask": "*u8"}
+    signature = {name: types[name] for name in fn.arg_names if name not in known}
+    words = [str(dtype).removeprefix("torch."), f"V{vocabulary}", f"N{mode_of}"]
+    words += ["mask"] * masked + ["logprobs"] * constants["LOGPROBS"] + ["kept"] * constants.get("KEPT", False)
+    name = f"sample/{fn.__name__.removesuffix('_kernel')}/{'/'.join(words)}"
+    aligned = tuple(parameter for parameter in signature if parameter.startswith("p_"))
+    return Variant(name, fn, signature, known, shape.num_warps, 3, aligned)
+
+
+def variants() -> list[Variant]:
+    """Every kernel in every shape, each of its options with and without."""
+    single = torch.float32
+    found = [
+        _variant(draw_kernel, dtype, vocabulary, 1, masked, LOGPROBS=masked, KEPT=False)
+        for dtype in _TYPES
+        for vocabulary in (65, 50257)
+        for masked in (False, True)
+        if masked or dtype == single
+    ]
+    found += [_variant(draw_kernel, single, 65, 80, True, LOGPROBS=True, KEPT=False)]
+    found += [_variant(draw_kernel, single, 50257, n, n == 1, LOGPROBS=n == 1, KEPT=True) for n in (1, 80)]
+    found += [_variant(statistics_kernel, dtype, 50257, 1, True, LOGPROBS=True) for dtype in _TYPES]
+    return [*found, _variant(statistics_kernel, single, 50257, 1, False, LOGPROBS=False)]
