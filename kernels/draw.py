@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .draw_math import (
     INFINITY,
+    LN_2,
     LOG2_E,
     NAN,
     STATUS_EMPTY,
@@ -19,6 +20,7 @@ from .draw_math import (
     TILE,
     boundary_distance,
     exp_mass,
+    log_total,
     look_up,
     mulhi64,
     row_mass,
@@ -33,7 +35,7 @@ VOTES = tl.constexpr(32)  # draws of a vote that are compared with as many at on
 
 @triton.jit
 def tile_statistics(x, scale):
-    """``m_t`` and ``W_t`` of tiles ``x [T, N]``, N <= 256; NaN and +inf must have become -inf."""
+    """``m_t`` and ``W_t`` of tiles ``x [T, N]``, N <= 256, scale a number or (T, 1); NaN and +inf must be -inf here."""
     top = tl.max(x, axis=1)
     return top, tl.sum(exp_mass((x - top[:, None]) * scale), axis=1)
 
@@ -120,7 +122,7 @@ def pick_tile(p_tops, p_sums, tiles, largest, scale, total, word, LEVEL: tl.cons
 
 @triton.jit
 def pick_token(x, top, total, scale, word):
-    """The places [D] in tiles ``x [D, N]`` that words ``r_token`` [D] draw, and the margins; top, total: their m_t, W_t."""
+    """The places [D] in tiles ``x [D, N]`` of statistics top and total that words ``r_token`` [D] draw, and margins."""
     threshold = mulhi64(word, total)
     index, low, high = look_up(tl.cumsum(exp_mass((x - top[:, None]) * scale), 1), threshold)
     return index, boundary_distance(low, high, threshold, total)
@@ -141,8 +143,8 @@ def draw_tokens(p_row, p_mask, vocabulary, filtered, cut, p_tops, p_sums, tiles,
 
 
 @triton.jit
-def greedy_token(p_row, p_mask, vocabulary, p_tops, tiles, largest, LEVEL: tl.constexpr):
-    """The first of a row's largest logits, and how far below it the runner-up is (+inf if there is none)."""
+def greedy_tile(p_tops, tiles, largest, LEVEL: tl.constexpr):
+    """The first tile that has a row's largest logit, and the largest logit of all other tiles."""
     best = tiles
     for first in range(0, tiles, LEVEL):
         i_tile = first + tl.arange(0, LEVEL)
@@ -153,11 +155,31 @@ def greedy_token(p_row, p_mask, vocabulary, p_tops, tiles, largest, LEVEL: tl.co
         i_tile = first + tl.arange(0, LEVEL)
         m = tl.load(p_tops + i_tile, mask=i_tile < tiles, other=-INFINITY)
         second = tl.maximum(second, tl.where(i_tile == best, -INFINITY, m))
-    o = best * TILE + tl.arange(0, TILE)
-    x, _ = load_logits(p_row, p_mask, o, vocabulary)
-    token = tl.min(tl.where(x == largest, o, vocabulary))
-    runner_up = tl.maximum(tl.max(second), tl.max(tl.where(o == token, -INFINITY, x)))
+    return best, tl.max(second)
+
+
+@triton.jit
+def greedy_token(x, o, largest, second):
+    """The first id [D] of a tile ``x [D, N]``, ids o, that has logit ``largest [D]``, and how far below it the largest
+    of the others is, ``second [D]`` outside this tile among them (+inf if there is none)."""
+    token = tl.min(tl.where(x == largest[:, None], o, 0x7FFFFFFF), axis=1)
+    runner_up = tl.maximum(second, tl.max(tl.where(o == token[:, None], -INFINITY, x), axis=1))
     return token, largest.to(tl.float64) - runner_up.to(tl.float64)
+
+
+@triton.jit
+def tempered_logprob(value, largest, total, scale, greedy, tiles):
+    """Natural logarithm, float64, of the probability with which a logit ``value`` was drawn; 0 for greedy."""
+    gap = (value.to(tl.float64) - largest.to(tl.float64)) * scale.to(tl.float64)
+    return tl.where(greedy, 0.0, LN_2 * gap - log_total(total, tiles))
+
+
+@triton.jit
+def plain_logprob(value, p_tops, p_sums, tiles, LEVEL: tl.constexpr):
+    """Natural logarithm, float64, of the probability of a logit ``value`` of a row at T = 1; statistics of all logits."""
+    top, _ = row_largest(p_tops, tiles, LEVEL)
+    total = row_total(p_tops, p_sums, tiles, top, LOG2_E, LEVEL)
+    return value.to(tl.float64) - top.to(tl.float64) - log_total(total, tiles)
 
 
 # --- votes ----------------------------------------------------------------------------------------------------------

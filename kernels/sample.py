@@ -14,9 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .draw import draw_tokens, greedy_token, keep_statistics, row_largest, row_total, vote
-from .draw_math import INFINITY, LARGEST_FLOAT, LN_2, LOG2_E, NAN, SCALE_MIN, STATUS_PARAMETER, log_total, random_words
-from .filter import LOWEST_KEY, filter_row
+from .draw import (
+    draw_tokens,
+    greedy_tile,
+    greedy_token,
+    keep_statistics,
+    plain_logprob,
+    row_largest,
+    row_total,
+    tempered_logprob,
+    vote,
+)
+from .draw_math import INFINITY, LARGEST_FLOAT, NAN, SCALE_MIN, STATUS_PARAMETER, TILE, random_words
+from .filter import LOWEST_KEY, filter_row, load_logits
 from .launch import Variant
 
 MAX_VOCABULARY = 1 << 24
@@ -73,8 +83,11 @@ def choose(
     """``(token, margin, U)`` of a row that can be drawn from; names: seed, sequence and step."""
     total = row_total(p_tops, p_sums, tiles, largest, cut[3], LEVEL)
     if greedy:
-        token, margin = greedy_token(p_row, p_mask, vocabulary, p_tops, tiles, largest, LEVEL)
-        token = token.to(tl.int64)
+        i_tile, second = greedy_tile(p_tops, tiles, largest, LEVEL)
+        o = i_tile * TILE + tl.arange(0, TILE)[None, :]
+        x, _ = load_logits(p_row, p_mask, o, vocabulary)
+        tokens, margins = greedy_token(x, o, largest + tl.zeros((1,), tl.float32), second)
+        token, margin = tl.sum(tokens).to(tl.int64), tl.sum(margins)
     elif DRAWS == 1:
         words = random_words(names[0], names[1], names[2], tl.zeros((1,), tl.int64))
         tokens, margins = draw_tokens(
@@ -93,16 +106,6 @@ def choose(
         tl.debug_barrier()
         token, margin = vote(p_tokens, p_margins, mode_of)
     return token, margin, total
-
-
-@triton.jit
-def log_probabilities(p_row, token, p_tops, p_sums, tiles, largest, total, scale, greedy, LEVEL: tl.constexpr):
-    """Natural logarithms, float64, of a token's probabilities: at T = 1 among all logits, and as it was drawn."""
-    value = tl.load(p_row + token).to(tl.float32).to(tl.float64)
-    tempered = LN_2 * (value - largest.to(tl.float64)) * scale.to(tl.float64) - log_total(total, tiles)
-    top, _ = row_largest(p_tops + tiles, tiles, LEVEL)
-    plain = row_total(p_tops + tiles, p_sums + tiles, tiles, top, LOG2_E, LEVEL)
-    return value - top.to(tl.float64) - log_total(plain, tiles), tl.where(greedy, 0.0, tempered)
 
 
 @triton.jit
@@ -150,9 +153,9 @@ def draw_kernel(
             p_tokens + i_row * mode_of, p_margins + i_row * mode_of, mode_of, LEVEL, DRAWS,
         )  # fmt: skip
         if LOGPROBS:
-            plain, tempered = log_probabilities(
-                p_row, token, p_tops, p_sums, tiles, largest, total, scale, greedy, LEVEL
-            )
+            value = tl.load(p_row + token).to(tl.float32)
+            tempered = tempered_logprob(value, largest, total, scale, greedy, tiles)
+            plain = plain_logprob(value, p_tops + tiles, p_sums + tiles, tiles, LEVEL)
     tl.store(p_token + i_row, token)
     if LOGPROBS:
         tl.store(p_logprob + i_row, plain.to(tl.float32))
@@ -184,70 +187,106 @@ def parts_of(rows: int, vocabulary: int, processors: int) -> int:
     return max(1, min(2 * processors // max(rows, 1), vocabulary // 4096))
 
 
-def _check(logits: Tensor, columns: dict[str, Tensor], mask: Tensor | None, mode_of: int) -> None:
-    rows, vocabulary = logits.shape
-    if mode_of < 1:
-        raise ValueError(f"sample: mode_of must be at least 1, got {mode_of}")
-    if not 1 <= vocabulary <= MAX_VOCABULARY:
-        raise ValueError(f"sample: logits must have 1 to {MAX_VOCABULARY} columns (tokens), got {vocabulary}")
+def row_columns(op: str, device: torch.device, rows: int, columns: dict[str, Tensor]) -> list[Tensor]:
+    """The parameters of rows, checked and dense."""
     for name, column in columns.items():
         dtype = torch.float32 if name in ("scale", "min_p") else torch.int64
-        if column.shape != (rows,) or column.dtype != dtype or column.device != logits.device:
+        if column.shape != (rows,) or column.dtype != dtype or column.device != device:
             raise RuntimeError(
-                f"sample: {name} must be (B,) = ({rows},) {dtype} on {logits.device}, like logits, "
+                f"{op}: {name} must be (B,) = ({rows},) {dtype} on {device}, "
                 f"got {tuple(column.shape)} {column.dtype} on {column.device}"
             )
-    if mask is not None and (
-        mask.shape not in ((1, vocabulary), (rows, vocabulary)) or mask.dtype != torch.bool or mask.device != logits.device
-    ):
+    return [column.contiguous() for column in columns.values()]
+
+
+def mask_bytes(op: str, device: torch.device, rows: int, vocabulary: int, mask: Tensor | None) -> Tensor | None:
+    """A mask (1, V) or (rows, V), checked, as the bytes that kernels read."""
+    if mask is None:
+        return None
+    if mask.shape not in ((1, vocabulary), (rows, vocabulary)) or mask.dtype != torch.bool or mask.device != device:
+        shapes = f"(1, V) = (1, {vocabulary})" + (f" or (B, V) = ({rows}, {vocabulary})" if rows != 1 else "")
         raise RuntimeError(
-            f"sample: mask must be (1, V) or (B, V) = ({rows}, {vocabulary}) bool on {logits.device}, like logits, "
-            f"got {tuple(mask.shape)} {mask.dtype} on {mask.device}"
+            f"{op}: mask must be {shapes} bool on {device}, got {tuple(mask.shape)} {mask.dtype} on {mask.device}"
         )
+    return mask.contiguous().view(torch.uint8)
+
+
+class Results(NamedTuple):
+    """What a draw writes, as the op ``sample`` returns it; the floats are empty without ``logprobs``."""
+
+    token: Tensor
+    logprob: Tensor
+    tempered_logprob: Tensor
+    margin: Tensor
+    status: Tensor
+
+    @classmethod
+    def of(cls, like: Tensor, rows: int, logprobs: bool) -> Results:
+        floats = (like.new_empty(rows if logprobs else 0, dtype=torch.float32) for _ in range(3))
+        return cls(like.new_empty(rows, dtype=torch.int64), *floats, like.new_empty(rows, dtype=torch.int32))
+
+
+def statistics_of(like: Tensor, rows: int, vocabulary: int, logprobs: bool) -> tuple[Tensor, Tensor]:
+    """Memory for ``m_t`` and ``W_t``."""
+    shape = (rows, 2 if logprobs else 1, triton.cdiv(vocabulary, 256))
+    return like.new_empty(shape, dtype=torch.float32), like.new_empty(shape, dtype=torch.int64)
+
+
+def draw_rows(
+    logits: Tensor, mask: Tensor | None, columns: list[Tensor], statistics: tuple[Tensor, Tensor], results: Results,
+    mode_of: int, kept: bool, logprobs: bool,
+) -> None:  # fmt: skip
+    """Launch `draw_kernel`; mask in bytes."""
+    rows, vocabulary = logits.shape
+    votes = rows * mode_of if mode_of > 1 else 0
+    tokens, margins = logits.new_empty(votes, dtype=torch.int64), logits.new_empty(votes, dtype=torch.float64)
+    shape = shape_of(vocabulary, mode_of)
+    draw_kernel[(rows,)](
+        logits, logits.stride(0), mask, mask_stride(mask), *columns, *results, *statistics, tokens, margins,
+        vocabulary, mode_of, KEPT=kept, LOGPROBS=logprobs, TILES=shape.tiles, LEVEL=shape.level,
+        DRAWS=1 if mode_of == 1 else 8, num_warps=shape.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def mask_stride(mask: Tensor | None) -> int:
+    """Bytes from a row's mask to the next one's."""
+    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
 
 
 def sample(
     logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, mask: Tensor | None,
     seed: Tensor, sequence: Tensor, step: Tensor, mode_of: int = 1, logprobs: bool = False, parts: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Results:  # fmt: skip
     """`fastrnn.reference_sample.sample` on a GPU. Logits of float16 or bfloat16 are drawn from as float32 ones.
 
     parts: into how many programs a row is split; above 1 it takes two launches. None: `parts_of` chooses.
     """
-    columns = dict(scale=scale, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, sequence=sequence, step=step)
-    _check(logits, columns, mask, mode_of)
     rows, vocabulary = logits.shape
-    tiles, floats = triton.cdiv(vocabulary, 256), rows if logprobs else 0
-    token, status = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.int32)
-    plain, tempered, margin = (logits.new_empty(floats, dtype=torch.float32) for _ in range(3))
+    if mode_of < 1:
+        raise ValueError(f"sample: mode_of must be at least 1, got {mode_of}")
+    if not 1 <= vocabulary <= MAX_VOCABULARY:
+        raise ValueError(f"sample: logits must have 1 to {MAX_VOCABULARY} columns (tokens), got {vocabulary}")
+    named = dict(scale=scale, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, sequence=sequence, step=step)
+    columns = row_columns("sample", logits.device, rows, named)
+    mask = mask_bytes("sample", logits.device, rows, vocabulary, mask)
+    results = Results.of(logits, rows, logprobs)
     if rows == 0:
-        return token, plain, tempered, margin, status
+        return results
     if logits.stride(1) != 1 and vocabulary > 1:
         logits = logits.contiguous()
-    statistics = (rows, 2 if logprobs else 1, tiles)
-    tops, sums = logits.new_empty(statistics, dtype=torch.float32), logits.new_empty(statistics, dtype=torch.int64)
-    votes = rows * mode_of if mode_of > 1 else 0
-    tokens, margins = logits.new_empty(votes, dtype=torch.int64), logits.new_empty(votes, dtype=torch.float64)
-    if mask is not None:
-        mask = mask.contiguous().view(torch.uint8)
-    mask_stride = 0 if mask is None or mask.shape[0] == 1 else vocabulary
-    given = (logits, logits.stride(0), mask, mask_stride)
-    columns = [column.contiguous() for column in columns.values()]
-    shape = shape_of(vocabulary, mode_of)
-    options = dict(num_warps=shape.num_warps, enable_fp_fusion=False, LOGPROBS=logprobs, TILES=shape.tiles)
+    statistics = statistics_of(logits, rows, vocabulary, logprobs)
     if parts is None:
         parts = parts_of(rows, vocabulary, processors(logits.device))
     with on_device(logits.device):
         if parts > 1:
+            tiles, shape = triton.cdiv(vocabulary, 256), shape_of(vocabulary, 1)
             share = triton.cdiv(tiles, parts)
             statistics_kernel[(rows, triton.cdiv(tiles, share))](
-                *given, *columns[:4], tops, sums, vocabulary, share, **options
-            )
-        draw_kernel[(rows,)](
-            *given, *columns, token, plain, tempered, margin, status, tops, sums, tokens, margins, vocabulary, mode_of,
-            KEPT=parts > 1, LEVEL=shape.level, DRAWS=1 if mode_of == 1 else 8, **options,
-        )  # fmt: skip
-    return token, plain, tempered, margin, status
+                logits, logits.stride(0), mask, mask_stride(mask), *columns[:4], *statistics, vocabulary, share,
+                LOGPROBS=logprobs, TILES=shape.tiles, num_warps=shape.num_warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        draw_rows(logits, mask, columns, statistics, results, mode_of, parts > 1, logprobs)
+    return results
 
 
 def processors(device: torch.device) -> int:
