@@ -176,7 +176,7 @@ def tempered_logprob(value, largest, total, scale, greedy, tiles):
 
 @triton.jit
 def plain_logprob(value, p_tops, p_sums, tiles, LEVEL: tl.constexpr):
-    """Natural logarithm, float64, of the probability of a logit ``value`` of a row at T = 1; statistics of all logits."""
+    """Natural logarithm, float64, of the probability at T = 1 of a logit ``value``, from statistics of all logits."""
     top, _ = row_largest(p_tops, tiles, LEVEL)
     total = row_total(p_tops, p_sums, tiles, top, LOG2_E, LEVEL)
     return value.to(tl.float64) - top.to(tl.float64) - log_total(total, tiles)

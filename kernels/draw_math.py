@@ -101,7 +101,8 @@ def look_up(prefix, threshold):
     """How many of the prefix sums ``prefix [D, N]`` are at most ``threshold [D]``, the largest of them (or 0) and the
     smallest of the others (or 2**63 - 1)."""
     below = prefix <= threshold[:, None]
-    index = tl.sum(below.to(tl.int32), axis=1)
+    COUNT: tl.constexpr = prefix.shape[1]
+    index = tl.min(tl.where(below, COUNT, tl.arange(0, COUNT)[None, :]), axis=1)
     low = tl.max(tl.where(below, prefix, 0), axis=1)
     return index, low, tl.min(tl.where(below, 0x7FFFFFFFFFFFFFFF, prefix), axis=1)
 

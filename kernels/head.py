@@ -237,7 +237,7 @@ class HeadShape(NamedTuple):
 def head_shape(rows: int, vocabulary: int, dtype: torch.dtype) -> HeadShape:
     """16 rows, the least that tensor cores take, so that a second computation of a tile for one row wastes little."""
     bn = min(256, max(16, triton.next_power_of_2(vocabulary)))
-    return HeadShape(16, bn, 32 if dtype == torch.float32 else 64, 8 if bn == 256 else 4)
+    return HeadShape(16, bn, 16 if dtype == torch.float32 else 64, 8 if bn == 256 else 4)
 
 
 def recomputes(rows: int) -> bool:
@@ -332,7 +332,7 @@ def variants() -> list[Variant]:
     """Every kernel in every dtype and block, its options all on or all off."""
     found = []
     for dtype in _TYPES:
-        found += [_variant(head_draw_kernel, dtype, 65, True, True), _variant(head_draw_kernel, dtype, 256, False, False)]
+        found += [_variant(head_draw_kernel, dtype, V, V == 65, V == 65) for V in (65, 256)]
         found += [_variant(fn, dtype, 10007, True, False) for fn in (head_statistics_kernel, head_token_kernel)]
         found += [_variant(head_statistics_kernel, dtype, 10007, False, True)]
     return found
