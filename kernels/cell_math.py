@@ -152,3 +152,56 @@ def meet(p_turn, arrivals, PROGRAMS: tl.constexpr):
         while tl.atomic_add(p_turn, 0, sem="acquire") < arrivals:
             pass
         tl.debug_barrier()
+
+
+@triton.jit
+def load_gates(p, row, o_n, m, H: tl.constexpr):
+    """Four tiles that stand H apart in rows of 4 H."""
+    at = p + row[:, None] * (4 * H) + o_n[None, :]
+    i, f = tl.load(at, m, other=0.0), tl.load(at + H, m, other=0.0)
+    return i, f, tl.load(at + 2 * H, m, other=0.0), tl.load(at + 3 * H, m, other=0.0)
+
+
+@triton.jit
+def store_gates(p, row, o_n, m, i, f, g, o, H: tl.constexpr):
+    """Store what `load_gates` loads."""
+    at = p + row[:, None] * (4 * H) + o_n[None, :]
+    store_as(at, i, m)
+    store_as(at + H, f, m)
+    store_as(at + 2 * H, g, m)
+    store_as(at + 3 * H, o, m)
+
+
+@triton.jit
+def copy_tiles(p_from, p_to, row_b, m_b, n_first, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, BN: tl.constexpr):
+    """Copy this program's tiles of a state, each in its memory's dtype."""
+    for n in range(n_first, WIDTH, PROGRAMS * BN):
+        o_n = n + tl.arange(0, BN)
+        m, at = m_b[:, None] & (o_n < WIDTH)[None, :], row_b[:, None] * WIDTH + o_n[None, :]
+        store_as(p_to + at, load_float(p_from + at, m), m)
+
+
+@triton.jit
+def finish_state(p_y, p_old, p_new, row, row_b, o_n, m, exists, h_next, P: tl.constexpr):
+    """A step's h into y and into the next state; where a row has no such step, 0 and the old state."""
+    at, there = row_b[:, None] * P + o_n[None, :], exists[:, None]
+    store_as(p_y + row[:, None] * P + o_n[None, :], tl.where(there, h_next, 0.0), m)
+    store_as(p_new + at, tl.where(there, h_next, load_float(p_old + at, m)), m)
+
+
+@triton.jit
+def add_back(
+    p_da, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, K: tl.constexpr, WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """This program's tiles of the gradient of the state before a step: K gradients of pre-activations times W_hh.
+
+    Rows without this step keep what they have in `dh` (B, WIDTH), float32 scratch that this program alone uses.
+    """
+    for n in range(n_first, WIDTH, PROGRAMS * BN):
+        o_n = n + tl.arange(0, BN)
+        back = tl.zeros((m_b.shape[0], BN), tl.float32)
+        back = add_product(back, p_da, row * K, exists, K, p_w, o_n, WIDTH, WIDTH, 1, BK, PRECISION)
+        m = (m_b & exists)[:, None] & (o_n < WIDTH)[None, :]
+        tl.store(p_dh + row_b[:, None] * WIDTH + o_n[None, :], unless_fresh(p_reset, row, exists, back), m)
+    tl.debug_barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -71,6 +72,26 @@ def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Uninitialised contiguous tensors of the same kind."""
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
+def floats(x: Tensor, *shape: int) -> Tensor:
+    """Float32 scratch on the device of `x`."""
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """The multiprocessors of the GPU of `x`; for a CPU, where kernels are interpreted, enough to form groups."""
+    return _processors(x.device) if x.is_cuda else 8
 
 
 def flag(mask: Tensor | None) -> Tensor | None:

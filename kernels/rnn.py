@@ -17,7 +17,7 @@ from .cell_math import (
     add_product, first_row, load_bias, load_float, load_lengths, load_weight, meet, starting_mask, step_index, store_as,
     tanh, unless_fresh,
 )  # fmt: skip
-from .launch import Variant, check_shapes, contiguous, flag, precision, previous, run, variants_of, weight_gradient
+from .launch import Variant, check_shapes, contiguous, flag, precision, previous, processors, run, variants_of, weight_gradient
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def rnn_forward(
         run(step_kernel, plan, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, y, hn, batch, inputs, **sizes)
         return y, hn
     gx, sizes["REVERSE"] = linear(x, w_ih, b_ih).contiguous(), reverse
-    plan = tuning.sequence("rnn", "forward", hidden, batch, x.dtype, tuning.processors(x.device))
+    plan = tuning.sequence("rnn", "forward", hidden, batch, x.dtype, processors(x))
     args = (gx, h0, w_hh, b_hh, lengths, reset, y, hn)
     if plan.resident:
         run(resident_forward_kernel, plan, *args, time, batch, **sizes)
@@ -244,7 +244,7 @@ def rnn_backward(
     dgx, dh0 = torch.empty_like(y, memory_format=torch.contiguous_format), torch.empty_like(h0)
     dy, dhn, w, length, fresh, y = contiguous(dy, dhn, w_hh, lengths, flag(reset), y)
     sizes = dict(H=hidden, RELU=nonlinearity == "relu", REVERSE=reverse, PRECISION=precision(x))
-    plan = tuning.sequence("rnn", "backward", hidden, batch, x.dtype, tuning.processors(x.device))
+    plan = tuning.sequence("rnn", "backward", hidden, batch, x.dtype, processors(x))
     args = (dy, dhn, w, length, fresh, y, dgx, dh0)
     if time == 0:
         dh0.copy_(dhn)

@@ -7,7 +7,6 @@ in every step; groups of more than one need all their programs to run at once, s
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -34,12 +33,6 @@ class Plan(NamedTuple):
         return like.new_zeros(self.grid[-1] if self.programs > 1 else 0, dtype=torch.int32)
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """The multiprocessors of a GPU; for a CPU, where kernels are interpreted, enough to form groups."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -54,10 +47,12 @@ def resident_bytes(cell: str, hidden: int, dtype: torch.dtype) -> int:
     return GATES[cell] * padded(hidden) ** 2 * (8 if dtype == torch.float32 else 2)
 
 
-def sequence(cell: str, way: str, hidden: int, batch: int, dtype: torch.dtype, sms: int) -> Plan:
+def sequence(
+    cell: str, way: str, hidden: int, batch: int, dtype: torch.dtype, sms: int, projection: bool = False
+) -> Plan:
     """The plan of a whole sequence, `way` "forward" or "backward", on a device of `sms` multiprocessors."""
     size = resident_bytes(cell, hidden, dtype)
-    if size <= RESIDENT_BYTES:
+    if size <= RESIDENT_BYTES and not projection:
         warps = 4 if size <= RESIDENT_BYTES // 4 else 8
         return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1)
     rows = _rows(batch, sms)
