@@ -1,7 +1,7 @@
 """What the kernels of every cell share on the device: the two nonlinearities, masks, tiles and products.
 
-Names: ``p_`` pointers, ``i_`` program indices, ``o_`` offsets, ``m_`` masks. A *row* is one sequence at one step, counted
-as ``t * B + b`` in 64 bits. Arithmetic is in float32; only loads, stores and the operands of products have the tensors'
+Names: ``p_`` pointers, ``i_`` program indices, ``o_`` offsets, ``m_`` masks. A *row* is one sequence at one step,
+counted as ``t * B + b`` in 64 bits. Arithmetic is in float32; only loads, stores and the operands of products have the tensors'
 dtype.
 """
 
@@ -61,17 +61,24 @@ def load_weight(p_w, o_k, o_n, K, N, STRIDE_K, STRIDE_N):
 
 
 @triton.jit
+def load_shared(p_a, at, o_k, m_b, K):
+    """Columns o_k of rows of K numbers that start ``at[b]``, 0 beyond their edges.
+
+    Other programs may have written them, so they are read past the first-level cache, which does not see those writes.
+    """
+    mask = m_b[:, None] & (o_k < K)[None, :]
+    return tl.load(p_a + at[:, None] + o_k[None, :], mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def add_product(
     acc, p_a, at, m_b, K, p_w, o_n, N, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + A W: row b of A is the K numbers from ``p_a + at[b]``, W[k, n] stands at k * STRIDE_K + n * STRIDE_N.
-
-    A is read past the first-level cache, which another program's writes do not reach.
-    """
+    """acc + A W: row b of A is the K numbers from ``p_a + at[b]``, W[k, n] stands at k * STRIDE_K + n * STRIDE_N."""
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
-        a = tl.load(p_a + at[:, None] + o_k[None, :], m_b[:, None] & (o_k < K)[None, :], other=0.0, cache_modifier=".cg")
+        a = load_shared(p_a, at, o_k, m_b, K)
         acc = tl.dot(a, load_weight(p_w, o_k, o_n, K, N, STRIDE_K, STRIDE_N), acc, input_precision=PRECISION)
     return acc
 
@@ -192,16 +199,20 @@ def finish_state(p_y, p_old, p_new, row, row_b, o_n, m, exists, h_next, P: tl.co
 @triton.jit
 def add_back(
     p_da, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, K: tl.constexpr, WIDTH: tl.constexpr,
-    PROGRAMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    CARRY: tl.constexpr, PROGRAMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles of the gradient of the state before a step: K gradients of pre-activations times W_hh.
 
-    Rows without this step keep what they have in `dh` (B, WIDTH), float32 scratch that this program alone uses.
+    It goes into `dh` (B, WIDTH), float32 scratch that this program alone uses, with CARRY on top of what is there. Rows
+    without this step keep what they have.
     """
     for n in range(n_first, WIDTH, PROGRAMS * BN):
         o_n = n + tl.arange(0, BN)
-        back = tl.zeros((m_b.shape[0], BN), tl.float32)
+        m, at = exists[:, None] & (o_n < WIDTH)[None, :], row_b[:, None] * WIDTH + o_n[None, :]
+        if CARRY:
+            back = load_float(p_dh + at, m)
+        else:
+            back = tl.zeros((m_b.shape[0], BN), tl.float32)
         back = add_product(back, p_da, row * K, exists, K, p_w, o_n, WIDTH, WIDTH, 1, BK, PRECISION)
-        m = (m_b & exists)[:, None] & (o_n < WIDTH)[None, :]
-        tl.store(p_dh + row_b[:, None] * WIDTH + o_n[None, :], unless_fresh(p_reset, row, exists, back), m)
+        tl.store(p_dh + at, unless_fresh(p_reset, row, exists, back), m)
     tl.debug_barrier()

@@ -1,13 +1,12 @@
 """The LSTM in Triton: forward and backward of one layer in one direction, and a single step.
 
-Interfaces and equations as in `fastrnn.reference`. The input's part of the pre-activations comes from one matrix product
-before the loop, the gradients of weights and input from products after it; the loop is one launch. With a projection
+Interfaces and equations as in `fastrnn.reference`. The input's part of the pre-activations comes from one product of
+matrices before the loop, the gradients of weights and input from products after it; the loop is one launch. With a projection
 h is P wide and is made from m = o * tanh(c) in a second product of each step; without one, P = H and h = m.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,13 +14,42 @@ from torch.nn.functional import linear
 
 from . import tuning
 from .cell_math import (
-    add_back, add_product, copy_tiles, finish_state, first_row, is_first, load_bias, load_float, load_gates, load_lengths,
-    load_previous, load_weight, meet, sigmoid, starting_mask, step_index, store_as, store_gates, tanh, unless_fresh,
-)  # fmt: skip
+    add_back,
+    add_product,
+    copy_tiles,
+    finish_state,
+    first_row,
+    is_first,
+    load_bias,
+    load_float,
+    load_gates,
+    load_lengths,
+    load_previous,
+    load_shared,
+    load_weight,
+    meet,
+    sigmoid,
+    starting_mask,
+    step_index,
+    store_as,
+    store_gates,
+    tanh,
+    unless_fresh,
+)
 from .launch import (
-    Variant, check_shapes, contiguous, flag, floats, like, precision, previous, processors, run, variants_of,
+    Variant,
+    check_shapes,
+    contiguous,
+    flag,
+    floats,
+    like,
+    precision,
+    previous,
+    processors,
+    run,
+    variants_of,
     weight_gradient,
-)  # fmt: skip
+)
 
 
 @triton.jit
@@ -66,7 +94,7 @@ def add_products(
     """`cell_math.add_product` with the weights of four gates, for one pass over A."""
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
-        a = tl.load(p_a + at[:, None] + o_k[None, :], m_b[:, None] & (o_k < K)[None, :], other=0.0, cache_modifier=".cg")
+        a = load_shared(p_a, at, o_k, m_b, K)
         a_i = tl.dot(a, load_weight(p_w, o_k, o_n, K, H, 1, K), a_i, input_precision=PRECISION)
         a_f = tl.dot(a, load_weight(p_w + H * K, o_k, o_n, K, H, 1, K), a_f, input_precision=PRECISION)
         a_g = tl.dot(a, load_weight(p_w + 2 * H * K, o_k, o_n, K, H, 1, K), a_g, input_precision=PRECISION)
@@ -120,8 +148,8 @@ def tiled_forward_kernel(
 ):  # fmt: skip
     """The whole sequence for a slice of the batch, by a group of PROGRAMS programs.
 
-    Owns: every PROGRAMS-th tile of BN units of BB sequences. Keeps: nothing; weights come from the second-level cache, c
-    (B, H) lies in float32 scratch. Moves: gx in; y, gates and cells out; W_hh once; h through `ring` (2, B, P), where
+    Owns: every PROGRAMS-th tile of BN units of BB sequences. Keeps: nothing; weights come from the second-level cache,
+    c (B, H) lies in float32 scratch. Moves: gx in; y, gates and cells out; W_hh once; h through `ring` (2, B, P), where
     steps take turns, and with a projection m (B, H) through scratch. Syncs: the group once a step, twice with a
     projection. Limits: a group of more than one program needs a cooperative launch.
     """
@@ -271,7 +299,8 @@ def tiled_backward_kernel(
             meet(turn, PROGRAMS * (2 * s + 1), PROGRAMS)
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
-            m, at, at_dc = m_b[:, None] & (o_n < H)[None, :], row[:, None] * H + o_n[None, :], row_b[:, None] * H + o_n[None, :]
+            m, at_dc = m_b[:, None] & (o_n < H)[None, :], row_b[:, None] * H + o_n[None, :]
+            at = row[:, None] * H + o_n[None, :]
             i, f, g, o = load_gates(p_gates, row, o_n, m, H)
             c_prev = load_previous(p_cells, p_c0, row + move, o_b, o_n, first, exists, o_n < H, H)
             if p_wr is None:
@@ -287,7 +316,8 @@ def tiled_backward_kernel(
             store_gates(p_dgx, row, o_n, m, da_i, da_f, da_g, da_o, H)
             tl.store(p_dc + at_dc, unless_fresh(p_reset, row, exists, dc_prev), m & exists[:, None])
         meet(turn, PROGRAMS * (MEETINGS * (s + 1)), PROGRAMS)
-        add_back(p_dgx, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, 4 * H, P, PROGRAMS, BN, BK, PRECISION)
+        add_back(p_dgx, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, 4 * H, P, False, PROGRAMS, BN, BK,
+                 PRECISION)  # fmt: skip
         row += move
     copy_tiles(p_dh, p_dh0, row_b, m_b, n_first, P, PROGRAMS, BN)
     copy_tiles(p_dc, p_dc0, row_b, m_b, n_first, H, PROGRAMS, BN)

@@ -1,7 +1,7 @@
 """The Elman network in Triton: forward and backward of one layer in one direction, and a single step.
 
-Interfaces and equations as in `fastrnn.reference`. The input's part of the pre-activations comes from one matrix product
-before the loop, the gradients of weights and input from products after it; the loop is one launch.
+Interfaces and equations as in `fastrnn.reference`. The input's part of the pre-activations comes from one product of
+matrices before the loop, the gradients of weights and input from products after it; the loop is one launch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,34 @@ from torch.nn.functional import linear
 
 from . import tuning
 from .cell_math import (
-    add_product, first_row, load_bias, load_float, load_lengths, load_weight, meet, starting_mask, step_index, store_as,
-    tanh, unless_fresh,
-)  # fmt: skip
-from .launch import Variant, check_shapes, contiguous, flag, precision, previous, processors, run, variants_of, weight_gradient
+    add_back,
+    add_product,
+    copy_tiles,
+    finish_state,
+    first_row,
+    load_bias,
+    load_float,
+    load_lengths,
+    load_weight,
+    meet,
+    starting_mask,
+    step_index,
+    store_as,
+    tanh,
+    unless_fresh,
+)
+from .launch import (
+    Variant,
+    check_shapes,
+    contiguous,
+    flag,
+    precision,
+    previous,
+    processors,
+    run,
+    variants_of,
+    weight_gradient,
+)
 
 
 @triton.jit
@@ -82,32 +106,23 @@ def tiled_forward_kernel(
     """
     o_b = tl.program_id(1) * BB + tl.arange(0, BB)
     m_b, n_first, turn = o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    at_b, length = o_b.to(tl.int64) * H, load_lengths(p_lengths, o_b, m_b, T)
-    for n in range(n_first, H, PROGRAMS * BN):
-        o_n = n + tl.arange(0, BN)
-        m, at = m_b[:, None] & (o_n < H)[None, :], at_b[:, None] + o_n[None, :]
-        tl.store(p_ring + at, tl.load(p_h0 + at, m), m)
+    row_b, length = o_b.to(tl.int64), load_lengths(p_lengths, o_b, m_b, T)
+    copy_tiles(p_h0, p_ring, row_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move, other = first_row(o_b, T, B, REVERSE), (-B if REVERSE else B), B.to(tl.int64) * H
+    row, move, half = first_row(o_b, T, B, REVERSE), (-B if REVERSE else B), B.to(tl.int64) * H
     for s in range(T):
         exists = step_index(s, T, REVERSE) < length
-        m_from, p_old, p_new = starting_mask(p_reset, row, exists), p_ring + s % 2 * other, p_ring + (s + 1) % 2 * other
+        m_from, p_old, p_new = starting_mask(p_reset, row, exists), p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
             m_n = o_n < H
-            m, at = m_b[:, None] & m_n[None, :], row[:, None] * H + o_n[None, :]
-            a = load_float(p_gx + at, m) + load_bias(p_b, o_n, m_n)
-            h = load_float(p_old + at_b[:, None] + o_n[None, :], m)
-            a = add_product(a, p_old, at_b, m_from, H, p_w, o_n, H, 1, H, BK, PRECISION)
-            h_next = activate(a, RELU)
-            store_as(p_y + at, tl.where(exists[:, None], h_next, 0.0), m)
-            store_as(p_new + at_b[:, None] + o_n[None, :], tl.where(exists[:, None], h_next, h), m)
+            m = m_b[:, None] & m_n[None, :]
+            a = load_float(p_gx + row[:, None] * H + o_n[None, :], m) + load_bias(p_b, o_n, m_n)
+            a = add_product(a, p_old, row_b * H, m_from, H, p_w, o_n, H, 1, H, BK, PRECISION)
+            finish_state(p_y, p_old, p_new, row, row_b, o_n, m, exists, activate(a, RELU), H)
         row += move
         meet(turn, PROGRAMS * (s + 2), PROGRAMS)
-    for n in range(n_first, H, PROGRAMS * BN):
-        o_n = n + tl.arange(0, BN)
-        m, at = m_b[:, None] & (o_n < H)[None, :], at_b[:, None] + o_n[None, :]
-        tl.store(p_hn + at, tl.load(p_ring + T % 2 * other + at, m, cache_modifier=".cg"), m)
+    copy_tiles(p_ring + T % 2 * half, p_hn, row_b, m_b, n_first, H, PROGRAMS, BN)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -178,11 +193,8 @@ def tiled_backward_kernel(
     """
     o_b = tl.program_id(1) * BB + tl.arange(0, BB)
     m_b, n_first, turn = o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    at_b, length = o_b.to(tl.int64) * H, load_lengths(p_lengths, o_b, m_b, T)
-    for n in range(n_first, H, PROGRAMS * BN):
-        o_n = n + tl.arange(0, BN)
-        m, at = m_b[:, None] & (o_n < H)[None, :], at_b[:, None] + o_n[None, :]
-        tl.store(p_dh + at, load_float(p_dhn + at, m), m)
+    row_b, length = o_b.to(tl.int64), load_lengths(p_lengths, o_b, m_b, T)
+    copy_tiles(p_dhn, p_dh, row_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
     row, move = first_row(o_b, T, B, not REVERSE), (B if REVERSE else -B)
     for s in range(T):
@@ -190,22 +202,14 @@ def tiled_backward_kernel(
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
             m, at = m_b[:, None] & (o_n < H)[None, :], row[:, None] * H + o_n[None, :]
-            dh = load_float(p_dh + at_b[:, None] + o_n[None, :], m) + load_float(p_dy + at, m)
+            dh = load_float(p_dh + row_b[:, None] * H + o_n[None, :], m) + load_float(p_dy + at, m)
             da = dh * slope(load_float(p_y + at, m), RELU)
             store_as(p_dgx + at, tl.where(exists[:, None], da, 0.0), m)
         meet(turn, PROGRAMS * (s + 1), PROGRAMS)
-        for n in range(n_first, H, PROGRAMS * BN):
-            o_n = n + tl.arange(0, BN)
-            m, at = m_b[:, None] & (o_n < H)[None, :], at_b[:, None] + o_n[None, :]
-            back = tl.zeros((BB, BN), tl.float32)
-            back = add_product(back, p_dgx, row * H, exists, H, p_w, o_n, H, H, 1, BK, PRECISION)
-            tl.store(p_dh + at, unless_fresh(p_reset, row, exists, back), m & exists[:, None])
+        add_back(p_dgx, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, H, H, False, PROGRAMS, BN, BK,
+                 PRECISION)  # fmt: skip
         row += move
-        tl.debug_barrier()
-    for n in range(n_first, H, PROGRAMS * BN):
-        o_n = n + tl.arange(0, BN)
-        m, at = m_b[:, None] & (o_n < H)[None, :], at_b[:, None] + o_n[None, :]
-        store_as(p_dh0 + at, load_float(p_dh + at, m), m)
+    copy_tiles(p_dh, p_dh0, row_b, m_b, n_first, H, PROGRAMS, BN)
 
 
 def rnn_forward(

@@ -1,8 +1,9 @@
 """The launch configuration of every kernel: a pure function of the cell, the sizes, the dtype and the device's size.
 
 A sequence runs in one of two forms. *Resident*: one program has a slice of the batch, all of H, and W_hh in its
-registers. *Tiled*: a group of programs has a slice of the batch, each a part of H, and reads its part of W_hh from cache
-in every step; groups of more than one need all their programs to run at once, so a grid is never larger than the device.
+registers. *Tiled*: a group of programs has a slice of the batch, each a part of H, and reads its part of W_hh from
+cache in every step; groups of more than one need all their programs to run at once, so their grid is never larger than
+the device.
 """
 
 from __future__ import annotations

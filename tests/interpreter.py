@@ -6,8 +6,8 @@ TRITON_INTERPRET=1 in its environment before Triton is imported. What it repairs
 * bfloat16: the interpreter keeps it as 16-bit integers and computes on those. Here conversions round to nearest even,
   products of bfloat16 are taken in float32, and any other arithmetic on it is an error: kernels compute in float32.
 * A comparison of two scalars is labelled with the type of the scalars, and its broadcast is then no mask any more.
-* float32 products with TF32 operands are taken exactly by the interpreter; here operands are rounded as the tensor cores
-  round them, for one product ("tf32") or three ("tf32x3").
+* float32 products with TF32 operands are taken exactly by the interpreter; here operands are rounded as the tensor
+  cores round them, for one product ("tf32") or three ("tf32x3").
 * Programs run one after another, so a program that waits for others waits for ever. Launches with
   ``launch_cooperative_grid=True`` run theirs as threads of which one runs at a time; at each atomic operation another
   takes over, picked at random by a seed, so that a missing or wrong barrier shows in some order.
