@@ -153,16 +153,18 @@ def head_token_kernel(
         i_tile = tl.where(greedy, first, tl.sum(tile))
         o_row = (i_row // BM) * BM + tl.arange(0, BM)
         o_column = i_tile * TILE + tl.arange(0, TILE)
-        x = head_tile(p_h, p_w, p_b, o_row, o_column, rows, vocabulary, H, BK, PRECISION)
-        given = tl.sum(tl.where((o_row == i_row)[:, None], x, 0.0), axis=0)[None, :]
+        given = head_tile(p_h, p_w, p_b, o_row, o_column, rows, vocabulary, H, BK, PRECISION)
+        mine = (o_row == i_row)[:, None]
+        given = tl.reshape(tl.max(tl.where(mine, given, -INFINITY), axis=0), (1, TILE))
+        o = i_tile * TILE + tl.arange(0, TILE)[None, :]
         x = allowed_logits(given, p_mask, o_column, vocabulary)
         i_drawn = i_tile + tl.arange(0, 1)
         index, drawn_margin = pick_token(x, tl.load(p_tops + i_drawn), tl.load(p_sums + i_drawn), scale, r_token)
-        best, lead = greedy_token(x, o_column[None, :], largest + tl.zeros((1,), tl.float32), second)
+        best, lead = greedy_token(x, o, largest + tl.zeros((1,), tl.float32), second)
         token = tl.sum(tl.where(greedy, best, i_drawn * TILE + index))
         margin = tl.sum(tl.where(greedy, lead, tl.minimum(tile_margin, drawn_margin)))
         if LOGPROBS:
-            value = tl.max(tl.where(o_column[None, :] == token, given, -INFINITY))
+            value = tl.max(tl.where(o == token, given, -INFINITY))
             tempered = tempered_logprob(value, largest, total, scale, greedy, tiles)
             plain = plain_logprob(value, p_tops + tiles, p_sums + tiles, tiles, LEVEL)
     tl.store(p_token + i_row, token.to(tl.int64))
@@ -237,7 +239,7 @@ class HeadShape(NamedTuple):
 def head_shape(rows: int, vocabulary: int, dtype: torch.dtype) -> HeadShape:
     """16 rows, the least that tensor cores take, so that a second computation of a tile for one row wastes little."""
     bn = min(256, max(16, triton.next_power_of_2(vocabulary)))
-    return HeadShape(16, bn, 16 if dtype == torch.float32 else 64, 8 if bn == 256 else 4)
+    return HeadShape(16, bn, 16 if dtype == torch.float32 else 32, 8 if bn == 256 else 4)
 
 
 def recomputes(rows: int) -> bool:

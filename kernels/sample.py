@@ -177,7 +177,7 @@ class Shape(NamedTuple):
 def shape_of(vocabulary: int, mode_of: int) -> Shape:
     """A program holds up to 8 tiles: eight logits a thread."""
     if vocabulary <= 256:
-        return Shape(1, 16, 1 if mode_of == 1 else 4)
+        return Shape(1, 16, 1 if mode_of == 1 else 8)
     return Shape(8, 256, 8)
 
 

@@ -2,8 +2,11 @@
 
 import math
 import os
+import sys
 
 import draws
+import interpreter
+import oracle
 import pytest
 import torch
 from draws import plain_columns, random_columns, random_logits
@@ -11,8 +14,9 @@ from torch import Tensor
 
 from fastrnn import reference_sample as definition
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides then
+    interpreter.install()
 
 from fastrnn.kernels import draw_math, head
 from fastrnn.kernels import sample as kernels
@@ -56,7 +60,7 @@ def test_constants_are_those_of_the_definition():
 def test_draws_equal_reference(vocabulary):
     """Every temperature, greedy among them, any 64-bit seeds and sequence ids, ties, zeros of both signs, -inf, 1e30."""
     generator = torch.Generator().manual_seed(vocabulary)
-    rows = 12 if vocabulary < 300 else 6
+    rows = 6 if vocabulary < 300 else 4
     x, columns = random_logits(rows, vocabulary, generator), random_columns(rows, generator, filters=False)
     columns["scale"][-1] = 0.0
     found = assert_defined(x, columns)
@@ -68,25 +72,26 @@ def test_draws_equal_reference(vocabulary):
 
 def test_many_rows():
     generator = torch.Generator().manual_seed(1)
-    x, columns = random_logits(100, 3, generator), random_columns(100, generator, filters=False)
+    x, columns = random_logits(40, 3, generator), random_columns(40, generator, filters=False)
     assert len(assert_defined(x, columns)[0].unique()) == 3
 
 
 @pytest.mark.parametrize("vocabulary", [5, 65, 257, 1000])
 def test_filters_and_masks_equal_reference(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
-    rows = 8 if vocabulary < 257 else 4
+    rows = 4 if vocabulary < 257 else 3
     x, columns = random_logits(rows, vocabulary, generator), random_columns(rows, generator, filters=True)
     columns["top_k"][-1], columns["top_p"][-1], columns["scale"][-1] = 3, 2**62, 1.5
     mask = torch.rand(rows, vocabulary, generator=generator) < 0.7
-    assert_defined(x, columns, mask)
-    assert_defined(x, columns, mask[:1])
+    assert_defined(x, columns, mask[:1] if vocabulary == 65 else mask)
 
 
 def test_each_size_of_top_k_among_ties():
     """Twelve logits of four values: a selection must take the lowest ids of the last value."""
-    x = torch.tensor([[1.0, 2.0, 0.0, 2.0, 1.0, -0.0, 2.0, 1.0, 0.0, -math.inf, 1.0, -3.0]]).expand(13, -1)
-    columns = plain_columns(13, 10.0) | {"top_k": torch.arange(1, 14), "seed": torch.arange(13)}
+    x = torch.tensor([[1.0, 2.0, 0.0, 2.0, 1.0, -0.0, 2.0, 1.0, 0.0, -math.inf, 1.0, -3.0]])
+    sizes = torch.tensor([1, 2, 3, 4, 7, 8, 10, 11, 12, 13])
+    x = x.expand(len(sizes), -1)
+    columns = plain_columns(len(sizes), 10.0) | {"top_k": sizes, "seed": sizes}
     assert_defined(x, columns)
 
 
@@ -97,9 +102,7 @@ def test_exact_edges_of_top_p():
     shares = [1, quarter - 1, quarter, quarter + 1, 2 * quarter, 2 * quarter + 1, 2**63 - 1, 0]
     columns = plain_columns(8) | {"top_p": torch.tensor(shares), "seed": torch.arange(8)}
     columns["scale"] = torch.full((8,), 100.0)  # the first token, at 2**-100, has no mass
-    for step in range(3):
-        columns["step"].fill_(step)
-        assert_defined(x, columns)
+    assert_defined(x, columns)
 
 
 def test_rows_that_cannot_be_drawn_from():
@@ -125,23 +128,16 @@ def test_gaps_below_the_normal_numbers_count():
     """A logit 1e-40 below the largest has a mass below its: no step may take so small a number for zero."""
     x = torch.zeros(1, 200)
     x[0, 1:] = -1e-40
-    top, below = draw_math_masses(x)
-    assert (top, below) == (2**54, 2**54 - 2**30)
-    assert_defined(x.expand(4, -1), plain_columns(4))
+    assert definition.exp_mass(x[0, :2] * definition.LOG2_E).tolist()[1] < 2**54
+    assert_defined(x.expand(3, -1), plain_columns(3))
 
 
-def draw_math_masses(x: Tensor) -> tuple[int, int]:
-    """The definition's masses of the first two logits."""
-    mass = definition.exp_mass((x[0] - x[0].max()) * torch.tensor(definition.LOG2_E).float())
-    return int(mass[0]), int(mass[1])
-
-
-@pytest.mark.parametrize("votes", [2, 9, 40])
+@pytest.mark.parametrize("votes", [2, 9, 33])
 def test_votes_equal_reference(votes):
     generator = torch.Generator().manual_seed(votes)
-    for vocabulary in (17, 700):
-        x, columns = random_logits(3, vocabulary, generator), random_columns(3, generator, filters=votes == 9)
-        columns["scale"][2] = 1.0
+    for vocabulary in (17,) if votes > 2 else (17, 700):
+        x, columns = random_logits(2, vocabulary, generator), random_columns(2, generator, filters=votes == 9)
+        columns["scale"][1] = 1.0
         assert_defined(x, columns, None, votes)
 
 
@@ -233,7 +229,7 @@ def head_case(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, filte
     [
         (1, 5, 1, torch.float32, None), (20, 20, 65, torch.float32, None), (3, 64, 256, torch.float16, None),
         (5, 70, 30, torch.bfloat16, None), (4, 20, 300, torch.float32, True), (4, 33, 1000, torch.float16, True),
-        (4, 20, 513, torch.bfloat16, True), (18, 33, 300, torch.float32, False), (4, 20, 300, torch.bfloat16, False),
+        (2, 20, 513, torch.bfloat16, True), (17, 33, 300, torch.float32, False), (4, 20, 300, torch.bfloat16, False),
     ],
 )  # fmt: skip
 def test_head_and_draw(rows, hidden, vocabulary, dtype, again):
@@ -248,9 +244,11 @@ def test_head_and_draw(rows, hidden, vocabulary, dtype, again):
     bare = head.head_draw(h_, weight_, bias_, *given, mask=mask_, recompute=again)
     assert torch.equal(bare[0], found[0])
     assert torch.equal(bare[4], found[4])
+    numbers = expected[4] != definition.STATUS_NAN
+    assert bool(numbers.any())
     exact = h.double() @ weight.double().t() + bias.double()
     plain = h.float() @ weight.float().t() + bias.float()
-    oracle_assert(logits.cpu(), exact, plain)
+    oracle.assert_close(logits.cpu()[numbers], exact[numbers], plain[numbers], "logits")
 
 
 def test_head_and_draw_with_filters():
