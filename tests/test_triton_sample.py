@@ -22,8 +22,8 @@ from fastrnn.kernels import draw_math, head
 from fastrnn.kernels import sample as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# NumPy, on which the interpreter computes, warns of -inf - -inf, which is meant.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+# NumPy, on which the interpreter computes, warns of -inf - -inf and of rows without mass, which are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
 
 
 def on_device(*tensors: Tensor | None) -> list[Tensor | None]:
