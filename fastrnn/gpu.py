@@ -56,7 +56,8 @@ def persistent(call: Call) -> str | None:
         return f"cuDNN's persistent kernels for small H (here up to {limit})"
     in_halves = call.dtype == torch.float16 and call.layers == 1 and not call.bidirectional and call.op != "gru"
     sizes = call.hidden <= 1024 and call.hidden % 128 == 0 and call.inputs % 128 == 0
-    if in_halves and sizes and call.batch % 8 == 0 and call.batch <= 128:
+    rows = call.batch % 8 == 0 and call.batch <= 128 and (gated or call.batch < 96 or call.hidden < 896)
+    if in_halves and sizes and rows:
         return "cuDNN's persistent kernels for float16"
     return None
 
