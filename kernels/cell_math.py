@@ -1,8 +1,8 @@
 """What the kernels of every cell share on the device: the two nonlinearities, masks, tiles and products.
 
 Names: ``p_`` pointers, ``i_`` program indices, ``o_`` offsets, ``m_`` masks. A *row* is one sequence at one step,
-counted as ``t * B + b`` in 64 bits. Arithmetic is in float32; only loads, stores and the operands of products have the tensors'
-dtype.
+counted as ``t * B + b`` in 64 bits. Arithmetic is in float32; only loads, stores and the operands of products have
+the tensors' dtype.
 """
 
 import triton

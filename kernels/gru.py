@@ -346,7 +346,7 @@ def gru_backward(
     else:
         run(tiled_backward_kernel, plan, *args, floats(x, batch, hidden), plan.turns(x), time, batch, **sizes)
     rows, cut = time * batch, 2 * hidden
-    da, dn_rows = dgh.view(rows, -1)[:, :cut], dn.view(rows, hidden)  # what r, z and what n get from the input
+    da, dn_rows = dgh.view(rows, 3 * hidden)[:, :cut], dn.view(rows, hidden)  # what r, z and what n get from the input
     dx = torch.addmm(da @ w_ih[:cut], dn_rows, w_ih[cut:]).view(time, batch, inputs)
     dw_ih = torch.cat((weight_gradient(dgh[..., :cut], x, lengths), weight_gradient(dn, x, lengths)))
     dw_hh = weight_gradient(dgh, previous(y, h0, lengths, reset, reverse))

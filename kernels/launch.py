@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +12,6 @@ from torch import Tensor
 from . import tuning
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on tensors of the CPU; Triton decides when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class Variant(NamedTuple):

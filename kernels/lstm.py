@@ -1,8 +1,8 @@
 """The LSTM in Triton: forward and backward of one layer in one direction, and a single step.
 
 Interfaces and equations as in `fastrnn.reference`. The input's part of the pre-activations comes from one product of
-matrices before the loop, the gradients of weights and input from products after it; the loop is one launch. With a projection
-h is P wide and is made from m = o * tanh(c) in a second product of each step; without one, P = H and h = m.
+matrices before the loop, the gradients of weights and input from products after it; the loop is one launch. With
+a projection h is P wide and is made from m = o * tanh(c) in a second product of each step; without, P = H and h = m.
 """
 
 from __future__ import annotations
