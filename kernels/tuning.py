@@ -20,7 +20,11 @@ RESIDENT_BYTES = 128 * 1024
 
 
 class Plan(NamedTuple):
-    """A grid, its block sizes as the kernels' constants, and warps and stages."""
+    """A grid, its block sizes as the kernels' constants, and warps and stages.
+
+    ``maxnreg`` lets a thread have all the registers it can: a sequence has no use for a second program on the same
+    multiprocessor, for whose sake the assembler would else spill.
+    """
 
     resident: bool
     grid: tuple[int, ...]
@@ -28,6 +32,7 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     programs: int = 1
+    maxnreg: int | None = 255
 
     def turns(self, like: Tensor) -> Tensor:
         """The counters at which groups meet, one a group; zero bytes of them where a group is one program."""
@@ -62,7 +67,8 @@ def sequence(
     programs = max(1, min(tiles, sms // max(groups, 1)))
     programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each
     blocks = dict(BB=rows, BN=units, BK=depth, PROGRAMS=programs)
-    return Plan(False, (programs, groups), blocks, 4 if rows == 16 else 8, 4, programs)
+    warps = 8 if rows > (16 if way == "forward" else 32) else 4
+    return Plan(False, (programs, groups), blocks, warps, 4, programs)
 
 
 def step_microseconds(cell: str, hidden: int, batch: int, dtype: torch.dtype, sms: int) -> float:
@@ -89,4 +95,4 @@ def step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
     """The plan of a single step: sums over the inputs and the state in blocks, one program a tile of units and rows."""
     rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
     units, depth = 32 if cell == "rnn" else 16, 32 if dtype == torch.float32 else 64
-    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3)
+    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3, 1, None)
