@@ -33,7 +33,7 @@ FORMS = ["resident", "tiled", "group"]
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Has every sequence run in one form: W_hh in registers, in tiles by one program, or in tiles by a group."""
+    """Has every sequence run in one form: W_hh on chip, in tiles by one program, or in tiles by a group."""
     take_form(request.param, monkeypatch)
     return request.param
 
