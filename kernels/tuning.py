@@ -67,9 +67,9 @@ def sequence(
     programs = min(tiles, 1 << (room.bit_length() - 1))  # powers of two, so that few batch sizes compile anew
     programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each
     blocks = dict(BB=rows, BN=units, BK=depth, PROGRAMS=programs)
-    crowded = projection and dtype == torch.float32
-    warps = 8 if crowded or rows > (16 if way == "forward" else 32) else 4
-    return Plan(False, (programs, groups), blocks, warps, 4, programs)
+    warps = 8 if rows > (16 if way == "forward" else 32) else 4
+    stages = 2 if projection and dtype == torch.float32 else 4  # two pipelines of three products each: registers
+    return Plan(False, (programs, groups), blocks, warps, stages, programs)
 
 
 def step_microseconds(cell: str, hidden: int, batch: int, dtype: torch.dtype, sms: int) -> float:
