@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import gpu
+
 CELLS = ("lstm", "gru", "rnn")
 CELL_OPS = tuple(f"{cell}_{way}" for cell in CELLS for way in ("forward", "backward"))
 OPS = (*CELLS, *CELL_OPS, "sample", "generate")
@@ -51,10 +53,13 @@ class Call(NamedTuple):
     training: bool = False
     dropout: bool = False
     precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights
+    packed: bool = False  # rows of a PackedSequence
+    bidirectional: bool = False
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
-        flags = [name for name in ("lengths", "reset", "projection", "needs_grad") if getattr(self, name)]
+        told = ("packed", "lengths", "reset", "bidirectional", "projection", "needs_grad")
+        flags = [name for name in told if getattr(self, name)]
         sizes = f"T={self.time} B={self.batch} I={self.inputs} H={self.hidden} L={self.layers}"
         if self.op == "generate":
             sizes = f"I={self.inputs} H={self.hidden} L={self.layers}, {self.precision} weights"
@@ -143,15 +148,40 @@ def _load_cpu(op: str) -> Callable:
     return getattr(torch.ops.fastrnn_cpu, op).default
 
 
+def _refuse_triton(call: Call) -> str | None:
+    if call.op == "generate":
+        return _refuse_precision(call)
+    if call.op == "sample":
+        return "there is no Triton draw; use reference for sample"
+    if missing := gpu.triton_missing():
+        return missing
+    if call.device != "cuda" and not (call.device == "cpu" and gpu.interpreting()):
+        return f"the Triton kernels run on CUDA GPUs, these tensors are on {call.device}"
+    if call.transform and call.transform != "torch.compile":
+        return f"the Triton kernels have no rule for {call.transform}; the reference has"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels take float32, float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.device == "cuda" and (old := gpu.too_old()):
+        return old
+    return None
+
+
+def _load_triton(op: str) -> Callable:
+    return getattr(importlib.import_module(f"fastrnn.kernels.{op.partition('_')[0]}"), op)
+
+
 TABLE: dict[str, Backend] = {
     "reference": Backend(_refuse_reference, _load_reference),
     "aten": Backend(_refuse_aten, _load_aten),
     "cpu": Backend(_refuse_cpu, _load_cpu),
+    "triton": Backend(_refuse_triton, _load_triton),
 }
 
 
 def preference(call: Call) -> tuple[tuple[str, str], ...]:
     """The backends in the order in which an automatic choice asks them, each with the reason for its place."""
+    if call.device == "cuda" and call.op in (*CELLS, *CELL_OPS):
+        return gpu.preference(call)
     last = ("reference", "it takes every call")
     if call.op == "generate":
         return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
@@ -200,7 +230,7 @@ _record: contextvars.ContextVar[list | None] = contextvars.ContextVar("fastrnn_r
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Within this context every op runs on backend ``name`` ("reference", "aten", "cpu") or raises why it cannot.
+    """Within this context every op runs on backend ``name``, one of `TABLE`, or raises why it cannot.
 
     None restores the automatic choice, also inside a context or under ``FASTRNN_BACKEND``.
 
@@ -304,7 +334,8 @@ def extension_missing() -> str | None:
 
 def available() -> dict[str, str | None]:
     """Each backend's name with None when it can run on this machine, or the sentence that says why not."""
-    return {name: extension_missing() if name == "cpu" else None for name in TABLE}
+    absent = {"cpu": extension_missing, "triton": gpu.triton_absent}
+    return {name: absent[name]() if name in absent else None for name in TABLE}
 
 
 # --- explaining -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Settings shared by every test: seeds, threads, marks, and the fixtures that know where optional data lives."""
 
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
@@ -11,6 +12,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Triton decides when it is imported whether kernels are compiled or interpreted; without a GPU they are interpreted
+# here, and are compiled in processes of their own.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
 
 # Derandomised: a failure on one machine is a failure on every machine, today and tomorrow. No deadline: the machine may
 # be busy, and the speed of a test is no property of the code under test.

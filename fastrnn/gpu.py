@@ -1,0 +1,109 @@
+"""What the table of backends knows of GPUs: which backend a call prefers there, and whether Triton can run.
+
+The preference is a pure rule of the cell, the sizes and the dtype. PyTorch's RNN is cuDNN on a GPU. For some calls
+PyTorch has it run persistent kernels, whose weights stay on chip for the whole sequence; those keep the call. For all
+others cuDNN launches a product and the gates for every step, and the Triton kernels, one launch for the sequence, are
+preferred where an estimate of their step is shorter than such launches. The estimates are from published figures, not
+from measurements of this package.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .backends import Call
+
+# Two launches of a stream, 2.1 to 2.5 us each on an H100: the least that a step costs where every step is launched.
+LAUNCHED_STEP_US = 4.5
+H100_MULTIPROCESSORS = 132
+# float16 products at large sizes run at about this part of what an H100 publishes (989 TFLOP/s).
+GEMM_TFLOPS = 500.0
+
+
+def preference(call: Call) -> tuple[tuple[str, str], ...]:
+    """The backends for a cell's op on a GPU in the order in which to ask them, each with the reason for its place."""
+    last = ("reference", "it takes every call")
+    if call.op.partition("_")[2]:
+        return ("triton", "Triton kernels: one launch for the whole sequence"), last
+    fused, kernels = "aten", "triton"
+    if call.time == 1:
+        return (kernels, "Triton kernels: products and gates of a step in one launch"), (fused, "cuDNN"), last
+    if (reason := persistent(call)) is not None:
+        return (fused, reason), (kernels, "Triton kernels"), last
+    if estimated_win(call):
+        reason = "Triton kernels: one launch for the sequence, where cuDNN launches every step (an estimate)"
+        return (kernels, reason), (fused, "cuDNN"), last
+    return (fused, "cuDNN: steps so large that each is a product of matrices (an estimate)"), (kernels, "Triton"), last
+
+
+def persistent(call: Call) -> str | None:
+    """Why PyTorch has cuDNN run persistent kernels for this call, or None.
+
+    Source: ``get_algo`` and the heuristics it asks in PyTorch's ``aten/src/ATen/native/cudnn/RNN.cpp``.
+    """
+    if call.packed or call.lengths or call.reset or call.projection or call.dtype == torch.float64:
+        return None
+    gated = call.op in ("lstm", "gru")
+    limit = (128 if gated else 256) if call.needs_grad else (192 if gated else 384)
+    if call.hidden <= limit:
+        return f"cuDNN's persistent kernels for small H (here up to {limit})"
+    in_halves = call.dtype == torch.float16 and call.layers == 1 and not call.bidirectional and call.op != "gru"
+    sizes = call.hidden <= 1024 and call.hidden % 128 == 0 and call.inputs % 128 == 0
+    rows = call.batch % 8 == 0 and call.batch <= 128 and (gated or call.batch < 96 or call.hidden < 896)
+    if in_halves and sizes and rows:
+        return "cuDNN's persistent kernels for float16"
+    return None
+
+
+def estimated_win(call: Call) -> bool:
+    """Whether a step of the Triton kernels should take less time than launching it as a product and the gates does."""
+    tuning = importlib.import_module("fastrnn.kernels.tuning")
+    ours = tuning.step_microseconds(call.op, call.hidden, call.batch, call.dtype, H100_MULTIPROCESSORS)
+    rate = GEMM_TFLOPS * (0.5 if call.dtype == torch.float32 else 1.0) * 1e6  # operations a microsecond
+    product = 2 * tuning.GATES[call.op] * call.hidden * call.hidden * call.batch / rate
+    return ours <= max(LAUNCHED_STEP_US, product)
+
+
+# --- whether Triton can run ----------------------------------------------------------------------------------------
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels, on tensors of the CPU: for their tests, thousands of times slower."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """None when Triton and the kernels are installed, otherwise the sentence that says what is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton` installs it (on Linux)"
+    if importlib.util.find_spec("fastrnn.kernels") is None:
+        return "the kernels/ folder is not installed as fastrnn.kernels; `make build` in the source tree does that"
+    return None
+
+
+@functools.cache
+def too_old() -> str | None:
+    """Why the GPU at hand is too old for the kernels, or None: they need tensor cores that know bfloat16 and TF32."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
+        return None
+    return "the Triton kernels need a GPU of compute capability 8.0 or newer, this one has {}.{}".format(
+        *torch.cuda.get_device_capability()
+    )
+
+
+def triton_absent() -> str | None:
+    """None when the Triton kernels can serve this machine, otherwise the sentence that says why not."""
+    if missing := triton_missing():
+        return missing
+    if torch.cuda.is_available():
+        return too_old()
+    how = "its interpreter runs them on the CPU for tests" if interpreting() else "they run on CUDA GPUs"
+    return f"torch sees no CUDA GPU for the Triton kernels; {how}"
