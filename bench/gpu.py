@@ -53,7 +53,6 @@ class Step(NamedTuple):
     stage: str = ""  # none: alone
     share: float = 0.0  # of the time left, among the steps from here on that have a share; 0: up to its limit
     least: float = 5.0  # seconds without which it is not started
-    environment: dict[str, str] = {}
 
 
 class Outcome(NamedTuple):
@@ -108,7 +107,7 @@ def run_step(step: Step, seconds: float, folder: Path) -> Outcome:
     start, timed_out = time.perf_counter(), False
     with path.open("w") as log:
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
         try:
             process.wait(seconds)

@@ -124,6 +124,21 @@ def summary(values: list[float]) -> Timing:
     return Timing(statistics.median(values), fifths[0], fifths[3])
 
 
+@functools.cache
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a rival that cannot run here raises: torch's errors, and Triton's where it is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def row(
     op: str, backend: str, timing: Timing, unit: str = "us CPU a call", device: str = "cpu", **sizes
 ) -> dict:  # fmt: skip
