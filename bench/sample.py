@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import fastrnn
+from bench import peers
 from bench.gpu import KEY
 from bench.timing import Timing, clock_of, first_line, interleaved, launch_errors, row, write_csv
 
@@ -34,12 +35,7 @@ TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 
 
 def multinomial(logits: Tensor) -> Tensor:
-    return torch.multinomial(torch.softmax(logits / TEMPERATURE, -1), 1)[:, 0]
-
-
-def exponential_race(logits: Tensor) -> Tensor:
-    probabilities = torch.softmax(logits / TEMPERATURE, -1)
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    return peers.multinomial(logits / TEMPERATURE)
 
 
 def filtered_multinomial(logits: Tensor) -> Tensor:
@@ -64,11 +60,11 @@ def ours(logits: Tensor, backend: str | None, **options) -> Callable[[], object]
     return run
 
 
-def peers(logits: Tensor) -> dict[tuple[str, str], Callable[[], object]]:
+def of_torch(logits: Tensor) -> dict[tuple[str, str], Callable[[], object]]:
     """What PyTorch offers, by op and name."""
     found: dict[tuple[str, str], Callable[[], object]] = {
         ("sample", "torch multinomial"): lambda: multinomial(logits),
-        ("sample", "torch exponential race"): lambda: exponential_race(logits),
+        ("sample", "torch exponential race"): lambda: peers.race(logits / TEMPERATURE),
         ("sample top_k top_p", "torch sort"): lambda: filtered_multinomial(logits),
     }
     if logits.is_cuda:
@@ -107,7 +103,7 @@ class Bench:
 
     def rivals(self, logits: Tensor) -> dict[tuple[str, str], Callable[[], object]]:
         """PyTorch's, and ours where they draw the reference's tokens."""
-        found = peers(logits)
+        found = of_torch(logits)
         first = max(1, min(len(logits), COMPARED // logits.shape[1]))
         for op, options in (
             ("sample", {}), ("sample details", {"return_details": True}),
