@@ -110,8 +110,8 @@ def resident_forward_kernel(
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
 
-    Owns: all results of BB sequences. Keeps: W_hh and h, in registers. Moves: gx in, y and gates out. Syncs: none but
-    those of the products. Limits: H <= BH, and W_hh must fit into one program's registers.
+    Owns: all results of BB sequences. Keeps: W_hh and h on chip. Moves: gx in, y and gates out. Syncs: none but
+    those of the products. Limits: H <= BH, and W_hh must fit into one multiprocessor.
     """
     o_b = tl.program_id(0) * BB + tl.arange(0, BB)
     o_h, m_b = tl.arange(0, BH), o_b < B
@@ -225,7 +225,7 @@ def resident_backward_kernel(
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
 
-    Owns: dgh, dn and dh0 of BB sequences. Keeps: W_hh and dh, in registers. Moves: dy, y and gates in, dgh and dn out.
+    Owns: dgh, dn and dh0 of BB sequences. Keeps: W_hh and dh on chip. Moves: dy, y and gates in, dgh and dn out.
     Syncs: none but those of the products. Limits: as forward.
     """
     o_b = tl.program_id(0) * BB + tl.arange(0, BB)

@@ -28,6 +28,7 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...]
+    maxnreg: int | None = None
 
 
 def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -109,10 +110,12 @@ def run(kernel, plan: tuning.Plan, *args, **constants) -> None:
         return
     names = kernel.arg_names
     blocks = {name: value for name, value in plan.blocks.items() if name in names}
-    options = {"launch_cooperative_grid": True} if plan.programs > 1 else {}
+    options = dict(num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.maxnreg)
+    if plan.programs > 1:
+        options["launch_cooperative_grid"] = True
     guard = torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext()
     with guard:
-        kernel[plan.grid](*args, **constants, **blocks, num_warps=plan.warps, num_stages=plan.stages, **options)
+        kernel[plan.grid](*args, **constants, **blocks, **options)
 
 
 def weight_gradient(left: Tensor, right: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -146,9 +149,9 @@ _SCRATCH = ("p_dh", "p_c", "p_dc", "p_h")  # float32 whatever the dtype
 
 def variants_of(cell: str, kernels: dict[str, Any], **constants) -> list[Variant]:
     """Each of a cell's kernels in each dtype at sizes that take each form, without and with the optional arguments."""
-    found = []
+    found, sizes = [], ((20, 3), (64, 64), (128, 64), (256, 4096), (512, 16))
     for dtype, short in _TYPES.items():
-        for hidden, batch in ((20, 3), (64, 64), (128, 64), (256, 4096), (512, 16), (768, 64)):
+        for hidden, batch in sizes if dtype != torch.float16 else sizes[1::3]:  # compiled as bfloat16 is
             for way in ("forward", "backward"):
                 plan = tuning.sequence(cell, way, hidden, batch, dtype, 132)
                 name = f"{'resident' if plan.resident else 'tiled'}_{way}"
@@ -175,5 +178,5 @@ def _variant(name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: i
         else:
             signature[parameter] = _INTEGERS.get(parameter, f"*{'fp32' if parameter in _SCRATCH else short}")
             aligned += [parameter] if parameter.startswith("p_") or (parameter == "I" and bare) else []
-    return Variant(name, kernel, signature, fixed, plan.warps, plan.stages, tuple(aligned))
+    return Variant(name, kernel, signature, fixed, plan.warps, plan.stages, tuple(aligned), plan.maxnreg)
 

@@ -109,8 +109,8 @@ def resident_forward_kernel(
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
 
-    Owns: all results of BB sequences. Keeps: W_hh, h and c, in registers. Moves: gx in; y, gates and cells out. Syncs:
-    none but those of the products. Limits: H <= BH, W_hh must fit into one program's registers; no projection.
+    Owns: all results of BB sequences. Keeps: W_hh, h and c on chip. Moves: gx in; y, gates and cells out. Syncs:
+    none but those of the products. Limits: H <= BH, W_hh must fit into one multiprocessor; no projection.
     """
     o_b = tl.program_id(0) * BB + tl.arange(0, BB)
     o_h, m_b = tl.arange(0, BH), o_b < B
@@ -227,7 +227,7 @@ def resident_backward_kernel(
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
 
-    Owns: dgx, dh0 and dc0 of BB sequences. Keeps: W_hh, dh, dc and c, in registers. Moves: dy, gates and cells in, dgx
+    Owns: dgx, dh0 and dc0 of BB sequences. Keeps: W_hh, dh, dc and c on chip. Moves: dy, gates and cells in, dgx
     out. Syncs: none but those of the products. Limits: as forward.
     """
     o_b = tl.program_id(0) * BB + tl.arange(0, BB)

@@ -69,8 +69,8 @@ def resident_forward_kernel(
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
 
-    Owns: all results of BB sequences. Keeps: W_hh and h, in registers. Moves: gx in and y out. Syncs: none but those of
-    the product. Limits: H <= BH, and W_hh must fit into one program's registers.
+    Owns: all results of BB sequences. Keeps: W_hh and h on chip. Moves: gx in and y out. Syncs: none but those of
+    the product. Limits: H <= BH, and W_hh must fit into one multiprocessor.
     """
     o_b = tl.program_id(0) * BB + tl.arange(0, BB)
     o_h, m_b = tl.arange(0, BH), o_b < B
@@ -155,7 +155,7 @@ def resident_backward_kernel(
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
 
-    Owns: dgx and dh0 of BB sequences. Keeps: W_hh and dh, in registers. Moves: dy and y in, dgx out. Syncs: none but
+    Owns: dgx and dh0 of BB sequences. Keeps: W_hh and dh on chip. Moves: dy and y in, dgx out. Syncs: none but
     those of the product. Limits: as forward.
     """
     o_b = tl.program_id(0) * BB + tl.arange(0, BB)

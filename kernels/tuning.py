@@ -1,9 +1,8 @@
 """The launch configuration of every kernel: a pure function of the cell, the sizes, the dtype and the device's size.
 
-A sequence runs in one of two forms. *Resident*: one program has a slice of the batch, all of H, and W_hh in its
-registers. *Tiled*: a group of programs has a slice of the batch, each a part of H, and reads its part of W_hh from
-cache in every step; groups of more than one need all their programs to run at once, so their grid is never larger than
-the device.
+A sequence runs in one of two forms. *Resident*: one program has a slice of the batch, all of H, and W_hh on chip.
+*Tiled*: a group of programs has a slice of the batch, each a part of H, and reads its part of W_hh from cache in every
+step; groups of more than one need all their programs to run at once, so their grid is never larger than the device.
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ import torch
 from torch import Tensor
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-# Of the 256 KiB of registers of a multiprocessor, what weights may take: the rest is for sums, states and the next
-# step's input.
+# What W_hh may take of the 256 KiB of registers, or of the 163 KiB of shared memory, of a multiprocessor of
+# compute capability 8.0; the compiler decides which. The rest is for sums, states and the next step's input.
 RESIDENT_BYTES = 128 * 1024
 
 
 class Plan(NamedTuple):
-    """A grid, its block sizes as the kernels' constants, and warps and stages."""
+    """A grid, its block sizes as the kernels' constants, and warps and stages.
+
+    ``maxnreg`` lets a thread have all the registers it can: a sequence has no use for a second program on the same
+    multiprocessor, for whose sake the assembler would else spill.
+    """
 
     resident: bool
     grid: tuple[int, ...]
@@ -28,6 +31,7 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     programs: int = 1
+    maxnreg: int | None = 255
 
     def turns(self, like: Tensor) -> Tensor:
         """The counters at which groups meet, one a group; zero bytes of them where a group is one program."""
@@ -62,18 +66,20 @@ def sequence(
     programs = max(1, min(tiles, sms // max(groups, 1)))
     programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each
     blocks = dict(BB=rows, BN=units, BK=depth, PROGRAMS=programs)
-    return Plan(False, (programs, groups), blocks, 4 if rows == 16 else 8, 4, programs)
+    warps = 8 if rows > (16 if way == "forward" else 32) else 4
+    return Plan(False, (programs, groups), blocks, warps, 4, programs)
 
 
 def step_microseconds(cell: str, hidden: int, batch: int, dtype: torch.dtype, sms: int) -> float:
     """An estimate of a step of the forward pass, not a measurement: what its slowest program waits for.
 
-    A resident step waits for its products alone, about 0.5 us. A tiled one waits for the group, about 1.2 us as a grid
+    A resident step waits for its products, which read W_hh from shared memory where the compiler puts it, and for its
+    tiles to change layout, about 1.2 us. A tiled one waits for the group, about 1.2 us as a grid
     does, and for its tiles of W_hh from the second-level cache, which gives each of 132 multiprocessors 40 kB a us.
     """
     plan = sequence(cell, "forward", hidden, batch, dtype, sms)
     if plan.resident:
-        return 0.5 * cdiv(plan.grid[0], sms)
+        return 1.2 * cdiv(plan.grid[0], sms)
     waves = cdiv(plan.grid[0] * plan.grid[1], sms)
     tiles = cdiv(cdiv(hidden, plan.blocks["BN"]), plan.programs)
     moved = tiles * plan.blocks["BN"] * GATES[cell] * hidden * (4 if dtype == torch.float32 else 2)
@@ -89,4 +95,4 @@ def step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
     """The plan of a single step: sums over the inputs and the state in blocks, one program a tile of units and rows."""
     rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
     units, depth = 32 if cell == "rnn" else 16, 32 if dtype == torch.float32 else 64
-    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3)
+    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3, 1, None)

@@ -59,7 +59,7 @@ def outcome(module: nn.Module, input, hx, dtype: torch.dtype, gradients: bool = 
     if not gradients:
         return outputs
     generator = torch.Generator().manual_seed(7)
-    loss = sum((out * torch.randn(out.shape, generator=generator).to(dtype)).sum() for out in outputs)
+    loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
     wanted = [*flat(input), *flat(hx), *module.parameters()]
     return [*outputs, *torch.autograd.grad(loss, wanted, materialize_grads=True)]
 

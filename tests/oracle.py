@@ -26,7 +26,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     if actual.numel() == 0:
         return 0.0
-    difference = (actual.detach().double() - expected.detach().double()).abs()
+    difference = (actual.detach().cpu().double() - expected.detach().cpu().double()).abs()
     return float(torch.nan_to_num(difference, nan=float("inf")).max())
 
 

@@ -141,7 +141,8 @@ def test_name_a_cell_and_you_know_its_files(cell: str) -> None:
     }
     assert {f"{cell}_forward", f"{cell}_backward"} <= defined
     assert (ROOT / "csrc" / "cpu" / f"{cell}.cpp").is_file()
-    for tests in ("test_reference.py", "test_ops.py", "test_cpu_cells.py"):
+    assert (ROOT / "kernels" / f"{cell}.py").is_file()
+    for tests in ("test_reference.py", "test_ops.py", "test_cpu_cells.py", "test_triton_cells.py"):
         assert re.search(rf"\b{cell}\b", (ROOT / "tests" / tests).read_text(encoding="utf-8")), f"{tests} omits {cell}"
 
 

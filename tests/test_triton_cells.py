@@ -4,41 +4,36 @@ On a GPU the kernels are compiled; elsewhere Triton's interpreter runs them on t
 for the interpreter's sake; `form` makes the launch plans take the forms that larger sizes take.
 """
 
-import importlib
-import os
-
 import interpreter
 import pytest
 import torch
-from layer_cases import assert_same, pair
+from triton_cases import (
+    NEEDED,
+    assert_equal,
+    call,
+    definition,
+    forward_case,
+    hold_to_definition,
+    ours,
+    runs_here,
+    with_gradients,
+)
 
-import fastrnn
-from fastrnn import backends, gpu, reference
-from fastrnn.library import ARGUMENTS, GATES, RESULTS
-from oracle import check
+from fastrnn.library import ARGUMENTS, RESULTS
 
-if gpu.triton_missing() or not (torch.cuda.is_available() or gpu.interpreting()):
-    pytest.skip("needs Triton and either a CUDA GPU or TRITON_INTERPRET=1", allow_module_level=True)
+if not runs_here():
+    pytest.skip(NEEDED, allow_module_level=True)
 
-from fastrnn.kernels import launch, tuning
+from fastrnn.kernels import tuning
 
 KINDS = ["lstm", "lstm-proj", "gru", "rnn-tanh", "rnn-relu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMS = ["resident", "tiled", "group"]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and not gpu.interpreting():
-        pytest.skip("TRITON_INTERPRET=1 on a machine without a GPU runs this")
-    torch.use_deterministic_algorithms(True)  # this is what fills uninitialised memory with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Has every sequence run in one form: W_hh in registers, in tiles by one program, or in tiles by a group."""
+    """Has every sequence run in one form: W_hh on chip, in tiles by one program, or in tiles by a group."""
     take_form(request.param, monkeypatch)
     return request.param
 
@@ -55,65 +50,6 @@ def take_form(name, monkeypatch):
         return found
 
     monkeypatch.setattr(tuning, "sequence", sequence)
-
-
-def forward_case(
-    kind, device, dtype=torch.float32, time=5, batch=3, inputs=7, hidden=5, masked=False, reverse=False, bias=True
-):
-    """A cell and the arguments of its forward op by name."""
-    cell, _, detail = kind.partition("-")
-    width = max(1, hidden // 2 + 1) if detail == "proj" else hidden
-    rows, scale = GATES[cell] * hidden, 0.5 * hidden**-0.5
-
-    def make(*shape, scale=1.0):
-        return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).to(device)
-
-    a = {"x": make(time, batch, inputs), "h0": make(batch, width), "w_ih": make(rows, inputs, scale=scale)}
-    a["w_hh"] = make(rows, width, scale=scale)
-    a["b_ih"], a["b_hh"] = (make(rows, scale=0.3), make(rows, scale=0.3)) if bias else (None, None)
-    if cell == "lstm":
-        a["c0"] = make(batch, hidden)
-        a["w_hr"] = make(width, hidden, scale=hidden**-0.5) if detail == "proj" else None
-    a["lengths"] = torch.randint(0, time + 1, (batch,)).to(device) if masked else None
-    if masked and batch > 1:
-        a["lengths"][0], a["lengths"][1] = 0, time
-    a["reset"] = (torch.rand(time, batch) < 0.3).to(device) if masked else None
-    a["reverse"] = reverse
-    a |= {"nonlinearity": detail} if cell == "rnn" else {"save": True}
-    return cell, a
-
-
-def ours(op):
-    return getattr(importlib.import_module(f"fastrnn.kernels.{op.partition('_')[0]}"), op)
-
-
-def call(op, named, function=ours):
-    """Results by name of a forward or backward function."""
-    return dict(zip(RESULTS[op], function(op)(*(named[n] for n in ARGUMENTS[op])), strict=True))
-
-
-def definition(op):
-    return getattr(reference, op)
-
-
-def with_gradients(cell, a, function=ours):
-    """The arguments of the backward op by name: what forward returned, and gradients of its results."""
-    named = a | call(f"{cell}_forward", a, function)
-    named |= {"dy": torch.randn_like(named["y"]), "dhn": torch.randn_like(named["hn"])}
-    return named | ({"dcn": torch.randn_like(named["cn"])} if cell == "lstm" else {})
-
-
-def hold_to_definition(cell, a, way, function=ours):
-    """Forward or backward against the definition; backward takes what the definition's forward kept."""
-    named = a if way == "forward" else with_gradients(cell, a, definition)
-    op = f"{cell}_{way}"
-    check(function(op), definition(op), [named[n] for n in ARGUMENTS[op]], op)
-
-
-def assert_equal(actual, expected, what):
-    __tracebackhide__ = True
-    assert actual.shape == expected.shape, what
-    assert torch.equal(actual, expected), f"{what}: differs by {(actual.double() - expected.double()).abs().max()}"
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -312,93 +248,3 @@ def test_groups_meet_in_any_order_of_their_programs(device, kind, monkeypatch):
         assert tuning.sequence(cell, "forward", 40, 2, torch.float32, 8).programs == 3
         hold_to_definition(cell, a, "forward")
         hold_to_definition(cell, a, "backward")
-
-
-# --- as a backend -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_layers_run_on_it(device, name):
-    """Two layers, both directions, packed rows, with every gradient, held to torch.nn."""
-    theirs, ours = (m.to(device) for m in pair(name, 3, 4, num_layers=2, bidirectional=True))
-    lengths = torch.tensor([4, 2, 1])
-    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(4, 3, 3, device=device), lengths)
-    assert_same(theirs, Under(ours), packed, dtype=torch.float32)
-
-
-class Under(torch.nn.Module):
-    """A module that runs on Triton in float32, and wherever it likes in float64."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args, **kwargs):
-        name = "triton" if next(self.module.parameters()).dtype != torch.float64 else None
-        with fastrnn.backend(name):
-            return self.module(*args, **kwargs)
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_forward_of_one_backend_feeds_backward_of_another(device, cell):
-    kind = "rnn-tanh" if cell == "rnn" else cell
-    _, a = forward_case(kind, device, time=3, masked=True)
-    named = with_gradients(cell, a)
-    op = f"{cell}_backward"
-    check(definition(op), definition(op), [named[n] for n in ARGUMENTS[op]], op)
-    by_definition = with_gradients(cell, a, definition)
-    for name in RESULTS[f"{cell}_forward"]:
-        assert named[name].shape == by_definition[name].shape, name
-        assert named[name].dtype == by_definition[name].dtype, name
-    check(ours(op), definition(op), [(named | {"y": by_definition["y"]})[n] for n in ARGUMENTS[op]], op)
-
-
-def test_compiled_modules_run_on_it(device):
-    layer = fastrnn.LSTM(3, 4).to(device)
-    x = torch.randn(3, 2, 3, device=device)
-    with fastrnn.backend("triton"):
-        eager = layer(x)[0]
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[0]
-    assert_equal(compiled, eager, "y")
-
-
-def test_gradients_of_gradients(device):
-    layer = fastrnn.GRU(2, 3).to(device)
-    x = torch.randn(2, 2, 2, device=device, requires_grad=True)
-
-    def second(name):
-        with fastrnn.backend(name):
-            (first,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
-            return torch.autograd.grad(first.square().sum(), [x, *layer.parameters()])
-
-    for found, expected in zip(second("triton"), second("reference")):
-        torch.testing.assert_close(found, expected)
-
-
-WRONG = {
-    "w_hh": (torch.zeros(12, 4), r"lstm_forward: w_hh must be \(12, 3\) for T=5 B=2 I=2 H=3, got \(12, 4\)"),
-    "c0": (torch.zeros(1, 3), r"c0 must be \(2, 3\)"),
-    "x": (torch.zeros(2), r"x must be \(T, B, I\)"),
-    "b_hh": (torch.zeros(12).double(), r"b_hh must be torch.float32 on cpu, got torch.float64 on cpu"),
-    "reset": (torch.zeros(5, 2), "reset must be torch.bool"),
-    "h0": (torch.zeros(2, 2), r"w_hh must be \(12, 2\)"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_messages_say_what_is_needed(name):
-    value, message = WRONG[name]
-    _, a = forward_case("lstm", "cpu", time=5, batch=2, inputs=2, hidden=3)
-    with pytest.raises(RuntimeError, match=message):
-        call("lstm_forward", a | {name: value})
-    with pytest.raises(RuntimeError, match=r"h0 must be \(B, H\) = \(2, 3\) without w_hr, got \(2, 2\)"):
-        call("lstm_forward", a | {"h0": torch.zeros(2, 2), "w_hh": torch.zeros(12, 2)})
-
-
-def test_the_interpreter_is_installed_where_there_is_no_gpu():
-    assert gpu.interpreting() == (not torch.cuda.is_available()) or "TRITON_INTERPRET" in os.environ
-    with fastrnn.backend("triton"), pytest.raises(fastrnn.backends.BackendRefusal, match="float64"):
-        fastrnn.LSTM(2, 2).double()(torch.zeros(1, 1, 2, dtype=torch.float64))
-    on_cpu = backends.Call("lstm", "cpu", torch.float32, 9, 9, 9, 9)
-    assert "triton" not in [name for name, _ in backends.preference(on_cpu)]
-    assert launch.precision(torch.zeros(1, dtype=torch.bfloat16)) == "ieee"
