@@ -13,6 +13,7 @@ VENV ?= $(if $(SYSTEM),.venv-system,.venv)
 ARGS ?=
 BIN := $(VENV)/bin
 EXTENSION := fastrnn/_C.abi3.so
+OLDEST_TRITON := build/triton-3.6
 SOURCES := $(wildcard csrc/*.c csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(filter-out %.c %.inc,$(SOURCES)) $(wildcard tests/device/*.cu bench/*.cu tests/native/*.cpp tests/native/*.h)
 , := ,
@@ -23,7 +24,7 @@ quiet = mkdir -p build && { { $(2); } > build/$(1).log 2>&1 \
 	|| { tail -n 40 build/$(1).log; echo "$(1): failed; the whole output is in build/$(1).log"; exit 1; }; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu sanitize lint format build setup clean distclean
+.PHONY: help demo test gpu sanitize aot lint format build setup clean distclean
 
 help:
 	@echo "make demo       set up, then train a small model and generate from it: fastrnn demo"
@@ -31,6 +32,7 @@ help:
 	@echo "make gpu        on a machine with an NVIDIA GPU: build, tests, sanitizers, benchmarks, into build/gpu or \$$OUT"
 	@echo "make build      set up only: virtual environment in $(VENV), packages, the compiled extension"
 	@echo "make sanitize   the kernels and the generation loop under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make aot        the Triton kernels compiled for GPUs that are not there, with the oldest and the newest triton"
 	@echo "make lint       ruff and clang-format, changing nothing;  make format lets them change the files"
 	@echo "make clean      remove what was built;  make distclean removes the virtual environment too"
 	@echo "PYTHON=python3.12 picks the interpreter; SYSTEM=1 uses the packages it already has and no network"
@@ -50,6 +52,17 @@ sanitize:
 	@echo "sanitize: compiling and running tests/native (4 minutes of processor time)"
 	@$(call quiet,sanitize,tests/native/sanitize)
 	@grep -a ' holds$$\|left out' build/sanitize.log
+
+# The oldest triton that pyproject.toml allows, beside the one in VENV; for the same Python, no other package needed.
+$(OLDEST_TRITON)/.installed: $(VENV)/.installed
+	@echo "aot: installing $(notdir $(OLDEST_TRITON)) into $(OLDEST_TRITON) (once)"
+	@$(call quiet,triton,$(BIN)/python -m pip install --no-compile --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0)
+	@touch $@
+
+aot: build $(OLDEST_TRITON)/.installed
+	@echo "aot: tests/aot.py with each triton"
+	@$(call quiet,aot,$(BIN)/python tests/aot.py --jobs 2 && PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python tests/aot.py --jobs 2)
+	@grep -a ' compiled, ' build/aot.log
 
 setup: $(VENV)/.installed
 

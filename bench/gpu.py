@@ -158,14 +158,21 @@ def summary(outcomes: Iterable[Outcome], title: str) -> str:
 # --- the steps ------------------------------------------------------------------------------------------------------
 
 
-def gpu_tests() -> list[Path]:
-    """The test files that name the mark `gpu`."""
-    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+def gpu_tests() -> dict[Path, list[str]]:
+    """The test files with something for a GPU, and the words that select it: of those of Triton everything."""
+    found: dict[Path, list[str]] = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if path.stem.startswith("test_triton_"):
+            found[path] = []
+        elif "mark.gpu" in path.read_text():
+            found[path] = ["-m", "gpu"]
+    found.pop(ROOT / "tests" / "test_triton_aot.py", None)  # for GPUs that are not there; it needs none
+    return found
 
 
-def pytest_step(path: Path, folder: Path) -> Step:
+def pytest_step(path: Path, selection: list[str], folder: Path) -> Step:
     name = path.stem.removeprefix("test_")
-    command = [sys.executable, "-m", "pytest", f"tests/{path.name}", "-m", "gpu", "-q", "-ra", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", f"tests/{path.name}", *selection, "-q", "-ra", "--tb=short"]
     command += ["--color=no", "-p", "no:cacheprovider", "--timeout=100", f"--junitxml={folder / f'tests-{name}.xml'}"]
     return Step(f"tests {name}", command, 150, "tests")
 
@@ -188,7 +195,7 @@ def plan(folder: Path, device: str, arch: str, quick: bool) -> list[Step]:
         Step("facts", native("facts"), 60),
         Step("build", native("build"), 150),
         Step("exchange", native("exchange"), 45),
-        *(pytest_step(path, folder) for path in gpu_tests()),
+        *(pytest_step(path, words, folder) for path, words in gpu_tests().items()),
         *(Step(f"compile {k}", [*warm, f"{k}/{WARMERS}"], 120, "tests") for k in range(WARMERS)),
         Step("device code", native("device"), 60, "native"),
         Step("sanitizer memcheck", native("sanitizer", "memcheck"), 75, "native"),

@@ -151,8 +151,6 @@ def _load_cpu(op: str) -> Callable:
 def _refuse_triton(call: Call) -> str | None:
     if call.op == "generate":
         return _refuse_precision(call)
-    if call.op == "sample":
-        return "there is no Triton draw; use reference for sample"
     if missing := gpu.triton_missing():
         return missing
     if call.device != "cuda" and not (call.device == "cpu" and gpu.interpreting()):
@@ -183,6 +181,8 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
     if call.device == "cuda" and call.op in (*CELLS, *CELL_OPS):
         return gpu.preference(call)
     last = ("reference", "it takes every call")
+    if call.device == "cuda" and call.op == "sample":
+        return ("triton", "one launch or two for the whole draw"), last
     if call.op == "generate":
         return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
     if call.op not in CELLS:

@@ -94,14 +94,15 @@ def head_statistics_kernel(
 ):  # fmt: skip
     """``m_t`` and ``W_t`` of a head's logits, and the logits themselves if p_logits is given.
 
-    Owns: program (m, t) the statistics of tile t for rows m * BM .. (m + 1) * BM - 1.
+    Owns: each program the statistics of a tile for BM rows; neighbours share the tile, and so its rows of W.
     Keeps: BM x 256 logits in registers.
     Moves: reads 256 rows of W and BM of h, writes 12 bytes a row and tile (24 with LOGPROBS).
     Syncs: none.
     Limits: V up to 2**24.
     """
-    o_row = tl.program_id(0) * BM + tl.arange(0, BM)
-    i_tile = tl.program_id(1)
+    blocks = tl.cdiv(rows, BM)
+    o_row = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    i_tile = tl.program_id(0) // blocks
     o_column = i_tile * TILE + tl.arange(0, TILE)
     m_row = o_row < rows
     scale, _, _ = drawn_scale(tl.load(p_scale + o_row, mask=m_row, other=1.0))
@@ -292,7 +293,7 @@ def head_draw(
         again = filters is None and (recomputes(rows) if recompute is None else recompute)
         if not again and logits is None:
             logits = h.new_empty((rows, vocabulary), dtype=torch.float32)
-        head_statistics_kernel[(blocks, triton.cdiv(vocabulary, 256))](*head, logits, *statistics, *sizes, **options)
+        head_statistics_kernel[(blocks * triton.cdiv(vocabulary, 256),)](*head, logits, *statistics, *sizes, **options)
         if again:
             level = shape_of(vocabulary, 1).level
             head_token_kernel[(rows,)](*head, *names, *results, *statistics, *sizes, LEVEL=level, **options)
@@ -337,4 +338,5 @@ def variants() -> list[Variant]:
         found += [_variant(head_draw_kernel, dtype, V, V == 65, V == 65) for V in (65, 256)]
         found += [_variant(fn, dtype, 10007, True, False) for fn in (head_statistics_kernel, head_token_kernel)]
         found += [_variant(head_statistics_kernel, dtype, 10007, False, True)]
-    return found
+    ones = _variant(head_statistics_kernel, torch.float32, 10007, False, False)
+    return [*found, ones._replace(name="head/head_statistics/one", constexprs=ones.constexprs | dict(rows=1, H=1))]

@@ -338,4 +338,7 @@ def variants() -> list[Variant]:
     found += [_variant(draw_kernel, single, 65, 80, True, LOGPROBS=True, KEPT=False)]
     found += [_variant(draw_kernel, single, 50257, n, n == 1, LOGPROBS=n == 1, KEPT=True) for n in (1, 80)]
     found += [_variant(statistics_kernel, dtype, 50257, 1, True, LOGPROBS=True) for dtype in _TYPES]
-    return [*found, _variant(statistics_kernel, single, 50257, 1, False, LOGPROBS=False)]
+    found += [_variant(statistics_kernel, single, 50257, 1, False, LOGPROBS=False)]
+    # Numbers that are 1 become constants where Triton compiles for a call.
+    ones = _variant(draw_kernel, single, 1, 1, False, LOGPROBS=True, KEPT=False)
+    return [*found, ones._replace(name="sample/draw/one", constexprs=ones.constexprs | dict(vocabulary=1, stride=1))]

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not there, and fails where one would run badly or draw differently.
 
-    python tests/aot.py [--arch 80,90] [--only WORD] [--list] [--bad]
+    python tests/aot.py [--arch 80,90] [--only WORD] [--jobs N] [--list] [--bad]
 
 Every ``variants()`` of the modules of kernels/ is compiled by the triton that Python imports, once for each
 architecture; neither a GPU nor a driver is needed. A line a variant tells registers, stack, shared memory and the
@@ -139,6 +139,8 @@ def wrong_draw(p_x, p_y, SIZE: tl.constexpr, WAY: tl.constexpr):
         f = tl.exp2(f)
     elif WAY == "divide":
         f = f / x
+    elif WAY == "floor":
+        f = tl.floor(f)
     else:
         f = f * x + f
     for _ in tl.static_range(5):
@@ -164,20 +166,23 @@ def wrong_shape(p_x, p_y, SIZE: tl.constexpr):
     tl.store(p_y + o, tl.load(p_x + o))
 
 
-def bad_variants(variant_type) -> list[tuple[object, bool, str]]:
-    """Variants, whether they are to be exact (None: and are compiled with fusion all the same), and a word of the
-    failure."""
+def bad_variants() -> list[tuple]:
+    """The arguments of `check` but for the architecture, and a word of the failure that must come."""
+    kernel_modules()
+    variant_type = importlib.import_module("checked_kernels.launch").Variant
 
     def variant(name: str, fn, types: str, warps: int, stages: int, **constants):
         return variant_type(name, fn, {"p_x": types, "p_y": "*fp32"}, constants, warps, stages, ("p_x", "p_y"))
 
     return [
-        (variant("spill", wrong_size, "*fp16", 1, 2, SIZE=128, COUNT=64), False, "stack"),
-        (variant("shared", wrong_size, "*fp16", 4, 16, SIZE=64, COUNT=64), False, "shared"),
-        (variant("shape", wrong_shape, "*fp32", 4, 3, SIZE=48), False, "refused"),
-        (variant("exp2", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="exp2"), True, "approx"),
-        (variant("divide", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="divide"), True, "div.full"),
-        (variant("fusion", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="fusion"), None, "fma for"),
+        (variant("spill", wrong_size, "*fp16", 1, 2, SIZE=128, COUNT=64), False, True, True, "stack"),
+        (variant("shared", wrong_size, "*fp16", 4, 16, SIZE=64, COUNT=64), False, True, True, "shared"),
+        (variant("shape", wrong_shape, "*fp32", 4, 3, SIZE=48), False, False, True, "refused"),
+        (variant("exp2", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="exp2"), True, False, False, "approx"),
+        (variant("divide", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="divide"), True, False, False, "div.full"),
+        (variant("contracted", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="sum"), True, False, True, "fma for"),
+        (variant("loose", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="sum"), True, False, True, "may contract"),
+        (variant("flushed", wrong_draw, "*fp32", 4, 3, SIZE=128, WAY="floor"), True, False, False, "ftz"),
     ]
 
 
@@ -196,35 +201,48 @@ def check(variant, arch: int, exact: bool, matrix_product: bool, fusion: bool) -
     return line, problems(report, arch, exact, matrix_product)
 
 
+def all_variants() -> list[tuple]:
+    """The arguments of `check` but for the architecture, and no word to look for."""
+    found = []
+    for name in kernel_modules():
+        module = importlib.import_module(f"checked_kernels.{name}")
+        found += [(v, name in EXACT, name == "head", name not in EXACT, "") for v in module.variants()]
+    return found
+
+
+def in_parts(jobs: int) -> int:
+    """Runs this program in ``jobs`` processes of which each takes its share; the exit status."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--share"]
+    running = [subprocess.Popen([*command, f"{k}/{jobs}"]) for k in range(jobs)]
+    return max(process.wait() for process in running)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="80,90")
     parser.add_argument("--only", default="")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--share", default="", help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--bad", action="store_true")
     arguments = parser.parse_args()
-    modules, failed, count = kernel_modules(), 0, 0
-    launch = importlib.import_module("checked_kernels.launch")
-    if arguments.bad:
-        work = [(v, exact is not False, False, exact is None, word) for v, exact, word in bad_variants(launch.Variant)]
-    else:
-        work = []
-        for name in modules:
-            module = importlib.import_module(f"checked_kernels.{name}")
-            work += [(v, name in EXACT, name == "head", name not in EXACT, "") for v in module.variants()]
-    for variant, exact, matrix_product, fusion, word in work:
-        if arguments.only not in variant.name:
-            continue
-        if arguments.list:
-            print(variant.name)
-            continue
+    if arguments.jobs > 1 and not arguments.share:
+        return in_parts(arguments.jobs)
+    work = bad_variants() if arguments.bad else all_variants()
+    work = [item for item in work if arguments.only in item[0].name]
+    part, parts = map(int, (arguments.share or "0/1").split("/"))
+    if arguments.list:
+        print(*[item[0].name for item in work], sep="\n")
+        return 0
+    failed = count = 0
+    for variant, exact, matrix_product, fusion, word in work[part::parts]:
         for arch in map(int, arguments.arch.split(",")):
             line, wrong = check(variant, arch, exact, matrix_product, fusion)
             print("; ".join([line, *wrong]), flush=True)
             failed += not any(word in problem for problem in wrong) if word else bool(wrong)
             count += 1
     print(f"triton {triton.__version__}: {count} compiled, {failed} {'not caught' if arguments.bad else 'wrong'}")
-    return 1 if failed or not (count or arguments.list) else 0
+    return 1 if failed or not work else 0
 
 
 if __name__ == "__main__":

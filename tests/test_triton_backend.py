@@ -112,7 +112,7 @@ CALL = backends.Call("lstm", "cuda", torch.float32, 100, 16, 64, 64)
         (dict(device="mps"), "run on CUDA GPUs, these tensors are on mps"),
         (dict(dtype=torch.float64), "not float64"),
         (dict(transform="forward-mode AD"), "no rule for forward-mode AD; the reference has"),
-        (dict(op="sample"), "no Triton draw"),
+        (dict(op="sample", dtype=torch.float64), "not float64"),
         (dict(op="generate", precision="int8"), "int8 weights are made by the C++ loop"),
     ],
 )

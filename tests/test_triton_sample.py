@@ -1,29 +1,23 @@
 """The draw in Triton against its definition: on a GPU if there is one, otherwise in Triton's interpreter."""
 
 import math
-import os
-import sys
 
 import draws
-import interpreter
-import oracle
 import pytest
 import torch
 from draws import plain_columns, random_columns, random_logits
 from torch import Tensor
 
+import fastrnn
+import oracle
+from fastrnn import ops
 from fastrnn import reference_sample as definition
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides then
-    interpreter.install()
-
 from fastrnn.kernels import draw_math, head
 from fastrnn.kernels import sample as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# NumPy, on which the interpreter computes, warns of -inf - -inf, which is meant.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+# NumPy, on which the interpreter computes, warns of -inf - -inf and of rows without mass, which are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
 
 
 def on_device(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -58,7 +52,7 @@ def test_constants_are_those_of_the_definition():
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 65, 255, 256, 257, 1000, 10007])
 def test_draws_equal_reference(vocabulary):
-    """Every temperature, greedy among them, any 64-bit seeds and sequence ids, ties, zeros of both signs, -inf, 1e30."""
+    """Every temperature, greedy too, any 64-bit seeds and sequence ids, ties, zeros of both signs, -inf, 1e30."""
     generator = torch.Generator().manual_seed(vocabulary)
     rows = 6 if vocabulary < 300 else 4
     x, columns = random_logits(rows, vocabulary, generator), random_columns(rows, generator, filters=False)
@@ -186,6 +180,21 @@ def test_what_does_not_fit_is_refused():
         draw(x, columns, mode_of=0)
     with pytest.raises(ValueError, match="1 to 16777216 columns"):
         draw(torch.zeros(2, 0), columns)
+
+
+def draw_by_op(x: Tensor) -> tuple[Tensor, ...]:
+    columns = {name: column.to(DEVICE) for name, column in plain_columns(len(x)).items()}
+    return tuple(t.cpu() for t in ops.sample(x.to(DEVICE), mask=None, **columns))
+
+
+def test_the_table_knows_the_kernel():
+    x, columns = torch.randn(2, 30), dict(temperature=0.7, seed=5, step=3)
+    expected = fastrnn.sample(x, **columns)
+    with fastrnn.backend("triton"):
+        assert torch.equal(fastrnn.sample(x.to(DEVICE), **columns).cpu(), expected)
+        with pytest.raises(fastrnn.BackendRefusal, match="float32, float16 and bfloat16, not float64"):
+            draw_by_op(x.double())
+        assert torch.equal(draw_by_op(x)[0], definition.sample(x, mask=None, **plain_columns(2))[0])
 
 
 @pytest.mark.gpu
