@@ -174,7 +174,7 @@ def pytest_step(path: Path, selection: list[str], folder: Path) -> Step:
     name = path.stem.removeprefix("test_")
     command = [sys.executable, "-m", "pytest", f"tests/{path.name}", *selection, "-q", "-ra", "--tb=short"]
     command += ["--color=no", "-p", "no:cacheprovider", "--timeout=100", f"--junitxml={folder / f'tests-{name}.xml'}"]
-    return Step(f"tests {name}", command, 150, "tests")
+    return Step(f"tests {name}", command, 170, "tests")
 
 
 def plan(folder: Path, device: str, arch: str, quick: bool) -> list[Step]:
@@ -196,7 +196,7 @@ def plan(folder: Path, device: str, arch: str, quick: bool) -> list[Step]:
         Step("build", native("build"), 150),
         Step("exchange", native("exchange"), 45),
         *(pytest_step(path, words, folder) for path, words in gpu_tests().items()),
-        *(Step(f"compile {k}", [*warm, f"{k}/{WARMERS}"], 120, "tests") for k in range(WARMERS)),
+        *(Step(f"compile {k}", [*warm, f"{k}/{WARMERS}"], 140, "tests") for k in range(WARMERS)),
         Step("device code", native("device"), 60, "native"),
         Step("sanitizer memcheck", native("sanitizer", "memcheck"), 75, "native"),
         Step("sanitizer racecheck", native("sanitizer", "racecheck"), 75, "native"),
