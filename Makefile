@@ -1,32 +1,35 @@
-# Two commands: `make demo` and `make test`. Both set everything up first; nothing is done twice.
+# Two commands: `make demo` and `make test`, and on a machine with an NVIDIA GPU a third, `make gpu`. They set everything
+# up first; nothing is done twice.
 #
 #   PYTHON=python3.12   the interpreter to start from (3.10 or newer)
 #   VENV=DIR            where the virtual environment lives
 #   SYSTEM=1            use the packages PYTHON already has (torch and the rest) and no network; installs nothing into PYTHON
-#   ARGS='...'          arguments for `fastrnn demo` or pytest, for example ARGS='tests/test_laws.py -x'
+#                       (`make gpu` does so unless told otherwise, SYSTEM=: the machine has its own build of torch for CUDA)
+#   ARGS='...'          arguments for `fastrnn demo`, pytest or bench.gpu, for example ARGS='tests/test_laws.py -x'
 
 PYTHON ?= python3
-SYSTEM ?=
+SYSTEM ?= $(if $(filter gpu,$(MAKECMDGOALS)),1)
 VENV ?= $(if $(SYSTEM),.venv-system,.venv)
 ARGS ?=
 BIN := $(VENV)/bin
 EXTENSION := fastrnn/_C.abi3.so
 OLDEST_TRITON := build/triton-3.6
 SOURCES := $(wildcard csrc/*.c csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.cu csrc/*/*.cuh)
-FORMATTED := $(filter-out %.c %.inc,$(SOURCES)) $(wildcard tests/device/*.cu tests/native/*.cpp tests/native/*.h)
+FORMATTED := $(filter-out %.c %.inc,$(SOURCES)) $(wildcard tests/device/*.cu bench/*.cu tests/native/*.cpp tests/native/*.h)
 , := ,
-NEEDED := torch numpy safetensors tokenizers tqdm setuptools pytest pytest_timeout hypothesis expecttest
+NEEDED := torch numpy safetensors tokenizers tqdm pip setuptools pytest pytest_timeout hypothesis
 
 # $(call quiet,NAME,COMMANDS): the output goes to build/NAME.log and is shown only when a command fails.
 quiet = mkdir -p build && { { $(2); } > build/$(1).log 2>&1 \
 	|| { tail -n 40 build/$(1).log; echo "$(1): failed; the whole output is in build/$(1).log"; exit 1; }; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize aot lint format build setup clean distclean
+.PHONY: help demo test gpu sanitize aot lint format build setup clean distclean
 
 help:
 	@echo "make demo       set up, then train a small model and generate from it: fastrnn demo"
 	@echo "make test       set up, then run the tests"
+	@echo "make gpu        on a machine with an NVIDIA GPU: build, tests, sanitizers, benchmarks, into build/gpu or \$$OUT"
 	@echo "make build      set up only: virtual environment in $(VENV), packages, the compiled extension"
 	@echo "make sanitize   the kernels and the generation loop under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make aot        the Triton kernels compiled for GPUs that are not there, with the oldest and the newest triton"
@@ -41,6 +44,9 @@ demo: build
 test: build
 	@echo "test: pytest $(ARGS)"
 	@$(BIN)/python -m pytest $(ARGS)
+
+gpu: setup
+	@$(BIN)/python -m bench.gpu $(ARGS)
 
 sanitize:
 	@echo "sanitize: compiling and running tests/native (4 minutes of processor time)"
