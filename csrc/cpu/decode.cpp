@@ -239,7 +239,7 @@ template <class Weight> static void layer(const LayerJob& job, Part part) {
 }
 
 template <int NV, int MR, class Weight>
-static void linear_tile(const LinearJob& job, const Weight* w, int64_t column, int64_t r) {
+static void linear_tile(const LinearJob& job, const Weight* w, const Weight* next, int64_t column, int64_t r) {
   using V = Vec<float>;
   V acc[MR][NV];
   const float* a[MR];
@@ -249,7 +249,9 @@ static void linear_tile(const LinearJob& job, const Weight* w, int64_t column, i
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) acc[m][n] = V::load(job.bias + column + n * V::width);
   }
-  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc);
+  const int64_t share = r / MR;  // of the next panel, for which the tile asks meanwhile
+  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc,
+                                  next && share < NV ? next + share * job.panels->K * V::width : nullptr);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
@@ -283,13 +285,14 @@ template <int NV, class Weight> static void linear_panels(const LinearJob& job, 
       job.rows > tile_rows<NV>() && m.K * width * static_cast<int64_t>(sizeof(Weight)) > kStretchBytes * 3 / 2;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t p = job.backwards ? end - 1 - (i - begin) : i;
-    const Weight* w = m.weights.as<Weight>() + p * m.K * width;
+    const Weight *w = m.weights.as<Weight>() + p * m.K * width, *next = nullptr;
+    if (i + 1 < end) next = job.backwards ? w - m.K * width : w + m.K * width;
     if (grouped)
       for (int64_t r = 0; r < job.rows; r += kGroupRows)
         linear_group<NV>(job, w, p * width, r, job.rows - r < kGroupRows ? job.rows - r : kGroupRows);
     else
       even_tiles<NV>(job.rows,
-                     [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, p * width, r); });
+                     [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, next, p * width, r); });
   }
 }
 template <class Weight> static void linear(const LinearJob& job, Part part) {

@@ -20,6 +20,8 @@ constexpr int64_t kLine = 64, kHugePage = 2 << 20;
 constexpr int64_t kReadAhead = 2048;  // kernels ask for weights a little ahead of where they are
 // A table of products beyond this is not made: an id's embedding is multiplied at each step instead.
 constexpr int64_t kTableBytes = 256 << 20;
+// From here on the logits of a lane's rows leave the cache before they are drawn from.
+constexpr int64_t kLargeVocabulary = 2048;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t scale_bytes(const PackedNetwork& net) { return net.scaled ? static_cast<int64_t>(sizeof(float)) : 0; }
@@ -154,6 +156,19 @@ void lie_together(PackedNetwork& net) {
   }
 }
 
+// The panels of `columns` columns each, which whole panels fill, as matrices of their own in the memory of m.
+std::vector<Panels> sliced(const PackedNetwork& net, const Panels& m, int64_t panel_bytes, int64_t columns) {
+  const int64_t width = m.vectors * net.kernels->width, each = columns / width;
+  std::vector<Panels> slices;
+  for (int64_t p = 0; p < m.count; p += each) {
+    Panels& slice = slices.emplace_back();
+    slice.K = m.K, slice.vectors = m.vectors, slice.count = std::min(each, m.count - p);
+    slice.weights = Memory(m.weights, p * panel_bytes);
+    if (m.scale.get()) slice.scale = Memory(m.scale, p * width * static_cast<int64_t>(sizeof(float)));
+  }
+  return slices;
+}
+
 }  // namespace
 
 Memory::Memory(int64_t bytes) : bytes_(bytes) {
@@ -196,13 +211,19 @@ std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precisio
     net->weight_bytes += layer.hidden.weights.bytes() + layer.input.weights.bytes();
   }
   pack_inputs(from, *net);
-  const int64_t vectors = linear_vectors((from.V + k.width - 1) / k.width);
+  const bool large = from.V >= kLargeVocabulary;
+  const int64_t vectors = large ? k.head_vectors : linear_vectors((from.V + k.width - 1) / k.width);
   net->head = linear_panels(k, from.head, from.V, from.H, vectors);
   net->head_columns = net->head.count * net->head.vectors * k.width;
   net->head_bias = Memory(net->head_columns * 4);
   if (from.head_bias) std::memcpy(net->head_bias.get(), from.head_bias, static_cast<size_t>(from.V) * 4);
   net->weight_bytes += net->head.weights.bytes();
+  const int64_t panel_bytes = net->head.weights.bytes() / net->head.count;
   lie_together(*net);
+  if (large) {
+    net->head_tiles = sliced(*net, net->head, panel_bytes, kDrawTile);
+    net->head_groups = sliced(*net, net->head, panel_bytes, kDrawGroup);
+  }
   return net;
 }
 

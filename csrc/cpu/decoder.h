@@ -70,8 +70,10 @@ struct PackedNetwork {
   int64_t carried;  // float32 state per row beside the activations: padded for LSTM (c) and GRU (h), else 0
   std::vector<PackedLayer> layers;
   Panels head;
-  Memory head_bias;       // (head_columns)
-  int64_t head_columns;   // V rounded up to whole panels
+  Memory head_bias;      // (head_columns)
+  int64_t head_columns;  // V rounded up to whole panels
+  // The head by the tiles and by the groups of a draw, for vocabularies whose logits are not worth keeping; else empty.
+  std::vector<Panels> head_tiles, head_groups;
   Memory table;           // (V, padded * gates) the first layer's products and biases, or nothing
   Memory inputs;          // (V, input_row bytes) activations that an id reads, where there is no table
   int64_t input_row = 0;  // bytes
@@ -138,6 +140,7 @@ struct DecoderKernels {
   // n numbers of one row of activations, `row` bytes long
   void (*to_activations)(const float* from, int64_t n, void* to, int64_t row);
   void (*from_activations)(const void* from, int64_t row, int64_t n, float* to);
+  int64_t head_vectors = 4;  // of a panel of a large vocabulary's head
 };
 
 // The kernels of a precision on the current instruction set.

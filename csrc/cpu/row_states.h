@@ -19,6 +19,9 @@ class RowStates {
   // out (rows, out_row) = logits of rows begin .. begin + rows.
   void logits(int64_t begin, int64_t rows, float* out, int64_t out_row, Team& team);
 
+  // Activations of the last layer from a row on, network.row bytes a row: what the head multiplies.
+  const char* outputs(int64_t row) const { return activations(net_.L - 1, row); }
+
   void clear(int64_t row);
   void copy_row(const RowStates& from, int64_t from_row, int64_t row);
   // h and c (L, H) of a row; c is for the LSTM.

@@ -70,6 +70,7 @@ class Session {
   int64_t running() const;
   const PackedNetwork& network() const { return *net_; }
   bool windowed() const { return windowed_; }
+  int64_t team() const { return team_; }  // threads that run a lane together
 
  private:
   friend class Lane;

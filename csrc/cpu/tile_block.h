@@ -66,19 +66,24 @@ static FR_INLINE Operand rows_from(Operand o, int64_t r) {
 // each k: what it computes is hidden behind the tiles.
 template <class T, int NV, int third, class Between>
 static FR_INLINE void add_narrow(const Operand& o, const Between& between) {
-  constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights that are far away: ask for them early
+  constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights that are far away: ask for them early, by the tile
+  const auto ask = [&](const char* w) {
+    if (!o.far) return;
+    for (int64_t line = 0; line < kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+  };
   for (int64_t k = 0; k < o.blocks; ++k) {
     const char* w = o.w + k * NV * kTileBytes;
-    if (o.far)
-      for (int64_t line = 0; line < NV * kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
     _tile_loadd(4, o.a + k * 64, o.row);
+    ask(w);
     _tile_loadd(6, w, 64);
     FR_TILE_DOT(0, 4, 6);
     if constexpr (NV > 1) {
+      ask(w + kTileBytes);
       _tile_loadd(7, w + kTileBytes, 64);
       FR_TILE_DOT(1, 4, 7);
     }
     if constexpr (NV > 2) {
+      ask(w + 2 * kTileBytes);
       _tile_loadd(6, w + 2 * kTileBytes, 64);
       if constexpr (third == 2) {
         FR_TILE_DOT(2, 4, 6);
@@ -87,6 +92,7 @@ static FR_INLINE void add_narrow(const Operand& o, const Between& between) {
       }
     }
     if constexpr (NV > 3) {
+      ask(w + 3 * kTileBytes);
       _tile_loadd(7, w + 3 * kTileBytes, 64);
       FR_TILE_DOT(3, 4, 7);
     }
