@@ -2,10 +2,10 @@
 
 import itertools
 
+import draws
 import pytest
 import torch
 
-import draws
 import fastrnn
 from fastrnn.generate import generate
 from fastrnn.native import PackedNetwork

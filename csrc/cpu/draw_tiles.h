@@ -103,7 +103,7 @@ static void find_groups(const TileDraw& d, const Sample& a, DrawScratch& s) {
 }
 
 // The token of a row from the logits of its group.
-static FR_INLINE int64_t token_in_group(const TileDraw& d, int64_t row, const float* logits, float scale) {
+static int64_t token_in_group(const TileDraw& d, int64_t row, const float* logits, float scale) {
   const int64_t first = d.group[row] * kDrawGroup;
   TileMasses masses;
   masses.fill(logits, d.V - first < kDrawGroup ? d.V - first : kDrawGroup, d.top[row], scale);
