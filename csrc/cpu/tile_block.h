@@ -140,5 +140,21 @@ static FR_INLINE void add_apart(const Operand& one, const Operand& other, int64_
   }
 }
 
+// The sums of a block with one panel, and the block they are of.
+struct Block {
+  alignas(64) float sums[4][kBlockRows][kLanes];
+  alignas(64) float input[4][kBlockRows][kLanes];  // int8: the sums with the input
+  int64_t p, r, rows;                              // panel, first row
+  int64_t done;                                    // rows whose state is computed
+};
+
+// base + what int32 sums in the place of floats are worth, of the columns from `column` on. A layer's products with its
+// input are the same numbers, whether a LinearJob has made them or the layer itself.
+static FR_INLINE __m512 add_worth(const float* sums, const Panels& panels, int64_t column, float row_worth,
+                                  __m512 base) {
+  const __m512 worth = _mm512_mul_ps(_mm512_load_ps(panels.scale.as<float>() + column), _mm512_set1_ps(row_worth));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)), worth, base);
+}
+
 }  // namespace FR_ISA
 }  // namespace fr
