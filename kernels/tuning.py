@@ -21,8 +21,8 @@ RESIDENT_BYTES = 128 * 1024
 class Plan(NamedTuple):
     """A grid, its block sizes as the kernels' constants, and warps and stages.
 
-    ``maxnreg`` lets a thread have all the registers it can: a sequence has no use for a second program on the same
-    multiprocessor, for whose sake the assembler would else spill.
+    ``maxnreg`` tells the assembler how many registers a thread may have; None leaves it to guess how many programs
+    should share a multiprocessor, for whose sake it may spill.
     """
 
     resident: bool
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     programs: int = 1
-    maxnreg: int | None = 255
+    maxnreg: int | None = None
 
     def turns(self, like: Tensor) -> Tensor:
         """The counters at which groups meet, one a group; zero bytes of them where a group is one program."""
@@ -59,7 +59,7 @@ def sequence(
     size = resident_bytes(cell, hidden, dtype)
     if size <= RESIDENT_BYTES and not projection:
         warps = 4 if size <= RESIDENT_BYTES // 4 else 8
-        return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1)
+        return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1, maxnreg=224)
     rows = _rows(batch, sms)
     units, depth = (32 if cell == "rnn" else 16), (32 if dtype == torch.float32 else 64)
     groups, tiles = cdiv(batch, rows), cdiv(hidden, units)
@@ -68,7 +68,7 @@ def sequence(
     programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each
     blocks = dict(BB=rows, BN=units, BK=depth, PROGRAMS=programs)
     warps = 8 if rows > (16 if way == "forward" else 32) else 4
-    stages = 2 if projection and dtype == torch.float32 else 4  # two pipelines of three products each: registers
+    stages = 2 if projection and dtype == torch.float32 else 3  # two pipelines of three products each: registers
     return Plan(False, (programs, groups), blocks, warps, stages, programs)
 
 
@@ -97,4 +97,4 @@ def step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
     """The plan of a single step: sums over the inputs and the state in blocks, one program a tile of units and rows."""
     rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
     units, depth = 32 if cell == "rnn" else 16, 32 if dtype == torch.float32 else 64
-    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3, 1, None)
+    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3)
