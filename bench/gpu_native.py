@@ -135,7 +135,7 @@ def sanitizer(name: str) -> int:
     program = tool("compute-sanitizer")
     if not torch.cuda.is_available():
         raise Refused("there is no GPU")
-    options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "all", "--print-limit", "20"]
+    options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "application-only", "--print-limit", "20"]
     # torch's allocator hands out parts of large blocks, beyond whose ends memcheck would see nothing.
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name == "memcheck" else {}
     done = call(program, *options, sys.executable, "tests/device/small_shapes.py", **apart)
