@@ -156,6 +156,11 @@ def variants_of(cell: str, kernels: dict[str, Any], **constants) -> list[Variant
                 plan = tuning.sequence(cell, way, hidden, batch, dtype, 132)
                 name = f"{'resident' if plan.resident else 'tiled'}_{way}"
                 found.append(_variant(f"{cell}/{name}/{short}/{hidden}", kernels[name], plan, dtype, hidden, constants))
+                if cell == "lstm" and hidden == 20:
+                    plan = tuning.sequence(cell, way, hidden, batch, dtype, 132, projection=True)
+                    name, given = f"tiled_{way}", constants | dict(P=10)
+                    title = f"{cell}/{name}/{short}/{hidden}to10"
+                    found.append(_variant(title, kernels[name], plan, dtype, hidden, given))
             if hidden in (20, 512):
                 plan = tuning.step(cell, hidden, batch, dtype)
                 found.append(_variant(f"{cell}/step/{short}/{hidden}", kernels["step"], plan, dtype, hidden, constants))
@@ -163,17 +168,20 @@ def variants_of(cell: str, kernels: dict[str, Any], **constants) -> list[Variant
 
 
 def _variant(name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: int, constants: dict) -> Variant:
-    """Lengths and a reset mask are there where H is no multiple of 16, so that both ways are compiled."""
-    short, options, aligned = _TYPES[dtype], ("p_lengths", "p_reset", "p_wr", "p_dhs", "p_m"), []
-    bare = hidden % 16 == 0
-    known = plan.blocks | constants | dict(H=hidden, P=hidden, REVERSE=not bare)
+    """Lengths and a reset mask are there where H is no multiple of 16, so that both ways are compiled.
+
+    A projection is there where P is not H.
+    """
+    short, aligned = _TYPES[dtype], []
+    bare, projection = hidden % 16 == 0, ("p_wr", "p_dhs", "p_m")
+    known = plan.blocks | dict(H=hidden, P=hidden, REVERSE=not bare) | constants
     known["PRECISION"] = "tf32x3" if dtype == torch.float32 else "ieee"
     fixed: dict[str, object] = {}
     signature: dict[str, str] = {}
     for parameter in kernel.arg_names:
         if parameter in known:
             fixed[parameter] = known[parameter]
-        elif parameter in options and (bare or parameter not in _INTEGERS):
+        elif (parameter in ("p_lengths", "p_reset") and bare) or (parameter in projection and known["P"] == hidden):
             fixed[parameter] = None
         else:
             signature[parameter] = _INTEGERS.get(parameter, f"*{'fp32' if parameter in _SCRATCH else short}")

@@ -63,19 +63,21 @@ def sequence(
     rows = _rows(batch, sms)
     units, depth = (32 if cell == "rnn" else 16), (32 if dtype == torch.float32 else 64)
     groups, tiles = cdiv(batch, rows), cdiv(hidden, units)
-    programs = max(1, min(tiles, sms // max(groups, 1)))
+    room = max(1, sms // max(groups, 1))
+    programs = min(tiles, 1 << (room.bit_length() - 1))  # powers of two, so that few batch sizes compile anew
     programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each
     blocks = dict(BB=rows, BN=units, BK=depth, PROGRAMS=programs)
     warps = 8 if rows > (16 if way == "forward" else 32) else 4
-    return Plan(False, (programs, groups), blocks, warps, 4, programs)
+    stages = 2 if projection and dtype == torch.float32 else 4  # two pipelines of three products each: registers
+    return Plan(False, (programs, groups), blocks, warps, stages, programs)
 
 
 def step_microseconds(cell: str, hidden: int, batch: int, dtype: torch.dtype, sms: int) -> float:
     """An estimate of a step of the forward pass, not a measurement: what its slowest program waits for.
 
     A resident step waits for its products, which read W_hh from shared memory where the compiler puts it, and for its
-    tiles to change layout, about 1.2 us. A tiled one waits for the group, about 1.2 us as a grid
-    does, and for its tiles of W_hh from the second-level cache, which gives each of 132 multiprocessors 40 kB a us.
+    tiles to change layout, about 1.2 us. A tiled one waits for the group, about 1.2 us as a grid does, and for its
+    tiles of W_hh from the second-level cache, which gives each of 132 multiprocessors 40 kB a us.
     """
     plan = sequence(cell, "forward", hidden, batch, dtype, sms)
     if plan.resident:

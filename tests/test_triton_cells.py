@@ -67,6 +67,8 @@ SHAPES = [
 def test_forward_and_backward_against_the_definition(device, form, kind, shape, way):
     if kind == "lstm-proj" and form == "resident":
         pytest.skip("a projection is never resident")
+    if form == "group" and shape["hidden"] <= 16:
+        pytest.skip("one tile has no group; the larger shape has")
     hold_to_definition(*forward_case(kind, device, **shape), way)
 
 
@@ -171,7 +173,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors(device, form, kind):
     """Every argument lies between margins of NaN (of True, and of large lengths); results are new and have none."""
     if kind == "lstm-proj" and form == "resident":
         pytest.skip("a projection is never resident")
-    cell, a = forward_case(kind, device, time=3, batch=2, inputs=3, hidden=11, masked=True)
+    cell, a = forward_case(kind, device, time=3, batch=2, inputs=3, hidden=18, masked=True)
     named = with_gradients(cell, a)
     expected = call(f"{cell}_forward", a) | call(f"{cell}_backward", named)
     for name in expected:
