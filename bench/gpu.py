@@ -82,7 +82,7 @@ def first_error(log: str) -> str:
         lines[-1:],
     ):
         if candidates:
-            return re.sub(r"^E\s+", "", candidates[0])[:200]
+            return re.sub(r"^E\s+", "", candidates[0]).removeprefix(KEY)[:200]
     return "it said nothing"
 
 
@@ -101,7 +101,8 @@ def stop(process: subprocess.Popen) -> None:
 def run_step(step: Step, seconds: float, folder: Path) -> Outcome:
     """Run one step for at most ``seconds``; its output goes to a log in ``folder``."""
     if seconds < step.least:
-        return Outcome(step.name, "left out", 0.0, f"{seconds:.0f} s are left for it, it needs {step.least:.0f}")
+        told = f"{max(0.0, seconds):.0f} s are left for it, it needs {step.least:.0f}"
+        return Outcome(step.name, "left out", 0.0, told)
     command = [word.replace("{seconds}", f"{max(1.0, seconds - RESERVE):.0f}") for word in step.command]
     path = folder / (re.sub(r"\W+", "-", step.name) + ".log")
     start, timed_out = time.perf_counter(), False

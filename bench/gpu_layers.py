@@ -299,7 +299,7 @@ def main() -> int:
             break
         found.profile(shape, gradient)
         profiled += 1
-    for line in (*found.problems, *found.keys()):
+    for line in (*(f"not timed: {problem}" for problem in found.problems), *found.keys()):
         print(f"{KEY}{line}")
     left = f"{len(every) - len(timed)} left out for want of time"
     print(f"{KEY}{len(timed)} of {len(every)} shapes timed, {left}; kernels listed of {profiled} calls")

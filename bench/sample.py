@@ -194,7 +194,7 @@ def main() -> int:
         bench.measure(*shape)
         if options.output:
             write_csv(options.output, bench.rows)
-    for line in (*bench.wrong, *bench.keys):
+    for line in (*(f"not timed: {fault}" for fault in bench.wrong), *bench.keys):
         print(f"{KEY}{line}")
     return int(bool(bench.wrong))
 

@@ -289,6 +289,20 @@ def test_a_graph_needs_a_gpu():
         peers_cuda.graphed(generate.build(NETWORKS["rnn"]), 2)
 
 
+def test_a_fault_of_ours_is_told(monkeypatch):
+    """A rival of ours that runs and draws greedily is a fault; one that is refused, and a wrong peer, are none."""
+    network = generate.build(NETWORKS["gru"])
+    greedy = generate.Rival("float32", lambda number: torch.zeros(number, 2, dtype=torch.int64), lambda tokens: tokens)
+    monkeypatch.setattr(generate, "ours", lambda *_: (greedy, 0.0))
+    monkeypatch.setattr(generate, "OURS", {"fastrnn float32": ("float32", {})})
+    other = generate.build(NETWORKS["gru"])
+    other.rnn.weight_hh_l0 *= 1.5
+    monkeypatch.setattr(generate, "PEERS", {"wrong": lambda *_: peers.eager(other, 2)})
+    faults: list[str] = []
+    assert generate.rivals(network, 2, ["wrong"], generate.Judge(network, 2), faults) == {}
+    assert [fault.split(" are ")[0] for fault in faults] == ["the ids fastrnn float32 draws"]
+
+
 def test_a_slow_rival_is_not_timed(monkeypatch):
     clock = iter([0.0, 60.0])
     monkeypatch.setattr(generate, "synchronised", lambda: next(clock))
