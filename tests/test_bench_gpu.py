@@ -292,7 +292,8 @@ def test_a_graph_needs_a_gpu():
 def test_a_fault_of_ours_is_told(monkeypatch):
     """A rival of ours that runs and draws greedily is a fault; one that is refused, and a wrong peer, are none."""
     network = generate.build(NETWORKS["gru"])
-    greedy = generate.Rival("float32", lambda number: torch.zeros(number, 2, dtype=torch.int64), lambda tokens: tokens)
+    peer = peers.eager(network, 2, draw=lambda logits: logits.argmax(-1))
+    greedy = generate.Rival(peer.dtype, peer.run, lambda tokens: tokens)
     monkeypatch.setattr(generate, "ours", lambda *_: (greedy, 0.0))
     monkeypatch.setattr(generate, "OURS", {"fastrnn float32": ("float32", {})})
     other = generate.build(NETWORKS["gru"])
