@@ -65,7 +65,7 @@ PEERS: dict[str, Callable[[Network, int], peers.Peer]] = {
     "jax loop": peers_graph.jax_loop,
 }
 COMPILED = {name for name in PEERS if name.startswith("compiled")}  # seconds to build each: not in --quick
-CUDA_PACE = {"rounds": 3, "seconds": 0.04, "budget": 2.0}
+CUDA_PACE = {"rounds": 3, "seconds": 0.02, "budget": 2.0}
 PATIENCE = 2.0  # seconds that a call of two steps may take on a GPU, where time is short; above it is not timed
 LOGITS_SPREAD = 2.0  # standard deviation of the logits, about that of a trained character model
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -77,6 +77,7 @@ class Setting(NamedTuple):
     device: str
     pace: dict[str, Any]
     top: roofs.Roofs | None = None
+    faults: list[str] | None = None  # of ours, which make the run on a GPU fail
 
     def clock(self) -> tuple[Callable[[], float], str]:
         if self.device == "cuda":
@@ -145,12 +146,12 @@ class Judge:
         return ((found - entropy).sum() / variance.sum().sqrt()).item()
 
     def refuse(self, name: str, rival: Rival, error: float) -> None:
-        """`peers.Unavailable` where a rival is wrong: it is not timed, and its row is missing."""
+        """`peers.Wrong` where a rival is: it is not timed, and its row is missing."""
         if not error <= self.allowed(rival.dtype):
-            raise peers.Unavailable(f"{name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
+            raise peers.Wrong(f"{name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
         deviations = self.surprise(rival.tokens(rival.run(max(2, 64 // self.batch))))
         if not abs(deviations) <= 6:
-            raise peers.Unavailable(f"the ids {name} draws are {deviations:.1f} standard deviations off")
+            raise peers.Wrong(f"the ids {name} draws are {deviations:.1f} standard deviations off")
 
 
 def requests(batch: int, number: int, **options: Any) -> list[Request]:
@@ -185,8 +186,8 @@ def ours(network: Network, batch: int, dtype: str, keywords: dict[str, Any], jud
     return Rival(dtype, run, tokens), (found - expected).abs().max().item()
 
 
-def rivals(network: Network, batch: int, names: list[str], judge: Judge) -> dict[str, Rival]:
-    """Every rival that can run here, checked; why another cannot is printed."""
+def rivals(network: Network, batch: int, names: list[str], judge: Judge, faults: list[str]) -> dict[str, Rival]:
+    """Every rival that can run here, checked; why another cannot is printed. ``faults`` gets what is wrong of ours."""
     found: dict[str, Rival] = {}
     on_gpu = judge.device.type == "cuda"
     offered = peers_cuda.PEERS if on_gpu else PEERS
@@ -202,11 +203,13 @@ def rivals(network: Network, batch: int, names: list[str], judge: Judge) -> dict
                 refuse_the_slow(rival)
         except peers.Unavailable as reason:
             print(f"  {name}: not timed: {reason}", flush=True)
+            faults += [str(reason)] if name in OURS and isinstance(reason, peers.Wrong) else []
             continue
         except launch_errors() as error:
             if not on_gpu:
                 raise
             print(f"  {name}: not timed: it fails: {first_line(error)}", flush=True)
+            faults += [f"{name} fails: {first_line(error)}"] if name in OURS else []
             synchronised()  # raises again where the error has left the GPU unusable
             continue
         found[name] = rival
@@ -236,7 +239,7 @@ def report(
     step, spread = cost.step, f"({batch / cost.step.p80 * 1e6:,.0f} to {batch / cost.step.p20 * 1e6:,.0f})"
     line = f"  {name:<30} {batch / step.median * 1e6:>12,.0f} tokens/s {spread:<26} {base / step.median:8.2f}x"
     if bound := peers_cuda.BOUNDS.get(model, {}).get(batch) if setting.device == "cuda" else None:
-        line += f"  {100 * batch / step.median * 1e6 / bound:.1f} % of the estimated bound"
+        line += f"  {100 * batch / step.median * 1e6 / bound:.2g} % of the estimated bound"
     if name in OURS and setting.top is not None:
         operations, weights = work(MODELS[model])
         size, seconds = weights * WEIGHT_BYTES[dtype], step.median / 1e6
@@ -261,7 +264,10 @@ def measure(model: str, batch: int, names: list[str], setting: Setting) -> list[
     where = "GPU" if device == "cuda" else f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     print(f"{model}, B={batch}, {where}", flush=True)
     network = build(config, device)
-    entrants = rivals(network, batch, names, Judge(network, batch))
+    faults: list[str] = []
+    entrants = rivals(network, batch, names, Judge(network, batch), faults)
+    if setting.faults is not None:
+        setting.faults.extend(f"{model} B={batch}: {fault}" for fault in faults)
     costs = possible(slopes({name: rival.run for name, rival in entrants.items()}, clock, **setting.pace))
     base = min((costs[name].step.median for name in peers.BASELINES if name in costs), default=float("nan"))
     sizes = dict(B=batch, I=config.input_size, H=config.hidden_size, L=config.num_layers, V=config.vocab_size)
@@ -269,9 +275,12 @@ def measure(model: str, batch: int, names: list[str], setting: Setting) -> list[
     for name, cost in costs.items():
         dtype = entrants[name].dtype
         line = report(model, name, dtype, batch, cost, base, setting)
-        print(line, flush=True)
         if device == "cuda":
-            print(f"{KEY}{model} B={batch}: {line.strip()}", flush=True)
+            same = [c.step.median for n, c in costs.items() if n not in OURS and entrants[n].dtype == dtype]
+            if name in OURS and same:  # precision is no merit of a loop
+                line += f"; {min(same) / cost.step.median:.2f}x of the fastest of PyTorch in {dtype}"
+            line = f"{KEY}{model} B={batch}: {' '.join(line.split())}"
+        print(line, flush=True)
         speed = Timing(*(batch / value * 1e6 for value in (cost.step.median, cost.step.p80, cost.step.p20)))
         rows.append(row(f"generate {model}", name, speed, unit, device, dtype=dtype, **sizes))
         if name in OURS:
@@ -297,7 +306,7 @@ def cases(options: argparse.Namespace) -> tuple[list[tuple[str, int]], list[str]
     return pairs, names
 
 
-def main() -> None:
+def main() -> int:
     """Measure every row and write the CSV after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -314,7 +323,7 @@ def main() -> None:
     pairs, names = cases(options)
     if options.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # cuDNN's RNN may take TF32 anyway
-        setting, rows = Setting("cuda", CUDA_PACE), []
+        setting, rows = Setting("cuda", CUDA_PACE, faults=[]), []
     else:
         pace = {"rounds": 3, "seconds": 0.01} if options.quick else {}
         setting = Setting("cpu", pace, roofs.measure(3 if options.quick else 15))
@@ -327,8 +336,11 @@ def main() -> None:
             break
         rows += measure(model, batch, names, setting)
         write_csv(options.output, rows)
+    for fault in setting.faults or []:
+        print(f"{KEY}not timed: {fault}")
     print(f"wrote {options.output}")
+    return int(bool(setting.faults))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -82,7 +82,7 @@ def first_error(log: str) -> str:
         lines[-1:],
     ):
         if candidates:
-            return re.sub(r"^E\s+", "", candidates[0])[:200]
+            return re.sub(r"^E\s+", "", candidates[0]).removeprefix(KEY)[:200]
     return "it said nothing"
 
 
@@ -101,13 +101,15 @@ def stop(process: subprocess.Popen) -> None:
 def run_step(step: Step, seconds: float, folder: Path) -> Outcome:
     """Run one step for at most ``seconds``; its output goes to a log in ``folder``."""
     if seconds < step.least:
-        return Outcome(step.name, "left out", 0.0, f"{seconds:.0f} s are left for it, it needs {step.least:.0f}")
+        told = f"{max(0.0, seconds):.0f} s are left for it, it needs {step.least:.0f}"
+        return Outcome(step.name, "left out", 0.0, told)
     command = [word.replace("{seconds}", f"{max(1.0, seconds - RESERVE):.0f}") for word in step.command]
     path = folder / (re.sub(r"\W+", "-", step.name) + ".log")
     start, timed_out = time.perf_counter(), False
     with path.open("w") as log:
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        cache = os.environ.get("TRITON_CACHE_DIR") or str(ROOT / "build" / "triton-cache")
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": cache}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
         try:
             process.wait(seconds)
@@ -196,6 +198,8 @@ def plan(folder: Path, device: str, arch: str, quick: bool) -> list[Step]:
         Step("build", native("build"), 150),
         Step("exchange", native("exchange"), 45),
         *(pytest_step(path, words, folder) for path, words in gpu_tests().items()),
+        # What the sanitizers run, first without them: the kernels are then compiled.
+        Step("small shapes", [sys.executable, "tests/device/small_shapes.py"], 140, "tests"),
         *(Step(f"compile {k}", [*warm, f"{k}/{WARMERS}"], 140, "tests") for k in range(WARMERS)),
         Step("device code", native("device"), 60, "native"),
         Step("sanitizer memcheck", native("sanitizer", "memcheck"), 75, "native"),

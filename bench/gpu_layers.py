@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
@@ -191,7 +192,9 @@ def kernels(run: Run, device: str) -> str:
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-    counts = sorted(((event.count, event.key) for event in profile.key_averages()), reverse=True)
+    where = DeviceType.CUDA if device == "cuda" else DeviceType.CPU  # launches are events of the CPU
+    events = [event for event in profile.key_averages() if event.device_type == where]
+    counts = sorted(((event.count, event.key) for event in events), reverse=True)
     return "; ".join(f"{count} x {name[:160]}" for count, name in counts[:8])
 
 
@@ -296,7 +299,7 @@ def main() -> int:
             break
         found.profile(shape, gradient)
         profiled += 1
-    for line in (*found.problems, *found.keys()):
+    for line in (*(f"not timed: {problem}" for problem in found.problems), *found.keys()):
         print(f"{KEY}{line}")
     left = f"{len(every) - len(timed)} left out for want of time"
     print(f"{KEY}{len(timed)} of {len(every)} shapes timed, {left}; kernels listed of {profiled} calls")

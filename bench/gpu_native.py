@@ -106,7 +106,6 @@ def exchange(arch: str, folder: Path) -> int:
     if not torch.cuda.is_available():
         raise Refused("compiled, not run: there is no GPU")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
-    say(done.stderr.rstrip())
     rows = list(csv.DictReader(done.stdout.splitlines()))
     told = {"machine": machine("cuda"), "cuda": cuda("cuda"), "torch": torch.__version__}
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +115,8 @@ def exchange(arch: str, folder: Path) -> int:
         writer.writerows(row | told for row in rows)
     for row in rows:
         say(f"{KEY}{row['measure']}, {row['parameter']}: {row['value']} {row['unit']}")
+    if done.returncode:
+        say(f"error: {done.stderr.strip() or done.returncode}")
     return done.returncode
 
 
@@ -135,7 +136,7 @@ def sanitizer(name: str) -> int:
     program = tool("compute-sanitizer")
     if not torch.cuda.is_available():
         raise Refused("there is no GPU")
-    options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "all", "--print-limit", "20"]
+    options = ["--tool", name, "--error-exitcode", "9", "--target-processes", "application-only", "--print-limit", "20"]
     # torch's allocator hands out parts of large blocks, beyond whose ends memcheck would see nothing.
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name == "memcheck" else {}
     done = call(program, *options, sys.executable, "tests/device/small_shapes.py", **apart)

@@ -29,6 +29,10 @@ class Unavailable(Exception):
     """Why a peer cannot run here."""
 
 
+class Wrong(Unavailable):
+    """A rival runs here and computes something else."""
+
+
 class Peer(NamedTuple):
     """One rival: ``dtype`` names its honest tolerance; ``logits`` feeds ids (T, B) from a zero state and returns what
     follows (B, V); ``run`` draws n tokens for every row, each from the state the last left, and returns them (n, B)."""

@@ -2,7 +2,8 @@
 
 Rivals: softmax and multinomial, what most loops write, the same compiled by torch.compile (on a GPU), and softmax with
 the exponential race (gpt-fast's way, one random number a logit). Ours runs plain, with log-probabilities and margins,
-and with top_k and top_p, which PyTorch's side does by sorting as Hugging Face does. Before a shape is timed the tokens
+as the op alone (which does not ask whether every row could be drawn from, and so never waits for a GPU), and with top_k
+and top_p, which PyTorch's side does by sorting as Hugging Face does. Before a shape is timed the tokens
 of every backend are compared with those of the reference on the CPU on the same logits; one that differs is named, not
 timed, and makes the exit status 1. On a GPU the bytes of the logits a second are set against a measured copy.
 
@@ -12,6 +13,7 @@ timed, and makes the exit status 1. On a GPU the bytes of the logits a second ar
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +25,14 @@ import fastrnn
 from bench import peers
 from bench.gpu import KEY
 from bench.timing import Timing, clock_of, first_line, interleaved, launch_errors, row, write_csv
+from fastrnn import ops
 
 SHAPES = {  # B, V
     "cpu": [(1, 65), (256, 65), (64, 10000), (8, 50257)],
     "cuda": [(1, 65), (256, 65), (1024, 256), (64, 10000), (256, 50257), (8, 128256), (64, 32768)],
 }
 QUICK = [(1, 65), (16, 1000)]
-COMPARED = 1 << 22  # logits of a shape whose rows are drawn by the reference too: all on a CPU, the first rows of more
+COMPARED = 1 << 20  # logits of a shape whose rows are drawn by the reference too: all on a CPU, the first rows of more
 COPIED = 1 << 28  # bytes of the copy whose bandwidth is measured
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 
@@ -56,6 +59,21 @@ def ours(logits: Tensor, backend: str | None, **options) -> Callable[[], object]
     def run() -> object:
         with fastrnn.backend(backend):
             return fastrnn.sample(logits, TEMPERATURE, seed=1, **options)
+
+    return run
+
+
+def op_alone(logits: Tensor, backend: str | None) -> Callable[[], object]:
+    """A call of the op, whose parameters lie on the device already."""
+    scale, top_k, top_p, min_p = fastrnn.SamplingParams(TEMPERATURE).numbers()
+    rows = torch.arange(len(logits), device=logits.device)
+    floats = [torch.full_like(rows, value, dtype=torch.float32) for value in (scale, min_p)]
+    numbers = [torch.full_like(rows, value) for value in (top_k, top_p, 1, 0)]
+    given = (logits, floats[0], *numbers[:2], floats[1], None, numbers[2], rows, numbers[3])
+
+    def run() -> object:
+        with fastrnn.backend(backend):
+            return ops.sample(*given)
 
     return run
 
@@ -87,6 +105,14 @@ def copy_bandwidth(device: str, size: int = COPIED) -> Timing:
     return Timing(*(2 * size / value / 1e3 for value in found["copy"]))
 
 
+OPS: dict[str, Callable[[Tensor, str | None], Callable[[], object]]] = {
+    "sample": ours,
+    "sample op": op_alone,
+    "sample details": functools.partial(ours, return_details=True),
+    "sample top_k top_p": functools.partial(ours, top_k=TOP_K, top_p=TOP_P),
+}
+
+
 class Bench:
     """What has been measured on a device: rows for the CSV, key figures, and backends that drew wrong tokens."""
 
@@ -105,14 +131,11 @@ class Bench:
         """PyTorch's, and ours where they draw the reference's tokens."""
         found = of_torch(logits)
         first = max(1, min(len(logits), COMPARED // logits.shape[1]))
-        for op, options in (
-            ("sample", {}), ("sample details", {"return_details": True}),
-            ("sample top_k top_p", {"top_k": TOP_K, "top_p": TOP_P}),
-        ):  # fmt: skip
-            expected = tokens(ours(logits[:first].cpu(), "reference", **options)())
+        for op, make in OPS.items():
+            expected = tokens(make(logits[:first].cpu(), "reference")())
             for backend in self.backends:
                 try:
-                    drawn = tokens(ours(logits, backend, **options)())[:first].cpu()
+                    drawn = tokens(make(logits, backend)())[:first].cpu()
                 except fastrnn.BackendRefusal as refusal:
                     print(f"  {backend}: not timed: {refusal}")
                     continue
@@ -120,7 +143,7 @@ class Bench:
                     self.wrong.append(f"{op} of {backend} fails at {tuple(logits.shape)}: {first_line(error)}")
                     continue
                 if torch.equal(drawn, expected):
-                    found[op, backend] = ours(logits, backend, **options)
+                    found[op, backend] = make(logits, backend)
                 else:
                     share = f"{(drawn != expected).sum()} of {first} tokens"
                     self.wrong.append(f"{op} of {backend} at {tuple(logits.shape)}: {share} differ from the reference")
@@ -139,13 +162,14 @@ class Bench:
                 roof = f"{100 * read / self.bandwidth.median:6.1f} % of the copy"
             what = f"B={batch:<4} V={vocabulary:<6} {op:<19} {backend:<26} {timing.median:10.1f} us {roof}"
             print(what, flush=True)
-            if backend in self.backends and op == "sample":
+            if backend in self.backends and op in ("sample", "sample op"):
                 self.keys.append(f"{what} {base / timing.median:.2f}x of the fastest of torch")
             self.rows.append(row(op, backend, timing, unit, self.device, dtype="float32", B=batch, V=vocabulary))
 
 
-def tokens(found: Tensor | fastrnn.Draw) -> Tensor:
-    return found if isinstance(found, Tensor) else found.token
+def tokens(found: Tensor | tuple) -> Tensor:
+    """The tokens, which a `fastrnn.Draw` and the op's results begin with."""
+    return found if isinstance(found, Tensor) else found[0]
 
 
 def main() -> int:
@@ -160,7 +184,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     others = ("aten", "cpu", "reference") if options.device == "cuda" else ("aten",)  # the reference: no rival on a GPU
     backends = [name for name in fastrnn.backends.TABLE if name not in others]
-    bench = Bench(options.device, backends, {"rounds": 3, "seconds": 0.002} if options.quick else {})
+    pace = {"rounds": 5, "seconds": 0.02} if options.device == "cuda" else {}
+    bench = Bench(options.device, backends, {"rounds": 3, "seconds": 0.002} if options.quick else pace)
     shapes, start = QUICK if options.quick else SHAPES[options.device], time.perf_counter()
     for number, shape in enumerate(shapes):
         if time.perf_counter() - start > options.seconds:
@@ -169,7 +194,7 @@ def main() -> int:
         bench.measure(*shape)
         if options.output:
             write_csv(options.output, bench.rows)
-    for line in (*bench.wrong, *bench.keys):
+    for line in (*(f"not timed: {fault}" for fault in bench.wrong), *bench.keys):
         print(f"{KEY}{line}")
     return int(bool(bench.wrong))
 

@@ -232,17 +232,24 @@ def test_a_rival_that_fails_is_named_and_a_refusal_is_not():
 
 
 def test_wrong_draws_are_not_timed(monkeypatch):
-    plain = sample.ours
-    monkeypatch.setattr(
-        sample, "ours", lambda logits, backend, **o: (lambda: plain(logits.flip(1), "reference", **o)())
-        if backend == "cpu" else plain(logits, backend, **o),
-    )  # fmt: skip
+    def wrong(logits, backend):
+        return sample.ours(logits.flip(1) if backend == "cpu" else logits, "reference")
+
+    monkeypatch.setattr(sample, "OPS", {"sample": wrong})
     bench = sample.Bench("cpu", ["reference", "cpu"], {"rounds": 1, "seconds": 0})
     found = bench.rivals(torch.randn(8, 65))
     assert {backend for _, backend in found if not backend.startswith("torch")} == {"reference"}
-    assert [line.split(" at ")[0] for line in bench.wrong] == [
-        f"{op} of cpu" for op in ("sample", "sample details", "sample top_k top_p")
-    ]
+    assert [line.split(" at ")[0] for line in bench.wrong] == ["sample of cpu"]
+
+
+@interpreted
+def test_draws_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "QUICK", [(2, 65)])
+    monkeypatch.setattr(sys, "argv", ["sample", "--device", "cpu", "--quick", "--output", str(tmp_path / "sample.csv")])
+    assert sample.main() == 0
+    found = rows(tmp_path / "sample.csv")
+    assert {row["op"] for row in found if row["backend"] == "triton"} == set(sample.OPS)
+    assert "key: B=2    V=65     sample op           triton" in capsys.readouterr().out
 
 
 def test_every_network_has_a_bound_at_every_number_of_rows():
@@ -280,6 +287,21 @@ def test_a_graphed_peer_computes_the_network(name, cell, device, monkeypatch):
 def test_a_graph_needs_a_gpu():
     with pytest.raises(peers.Unavailable, match="a CUDA graph needs a GPU"):
         peers_cuda.graphed(generate.build(NETWORKS["rnn"]), 2)
+
+
+def test_a_fault_of_ours_is_told(monkeypatch):
+    """A rival of ours that runs and draws greedily is a fault; one that is refused, and a wrong peer, are none."""
+    network = generate.build(NETWORKS["gru"])
+    peer = peers.eager(network, 2, draw=lambda logits: logits.argmax(-1))
+    greedy = generate.Rival(peer.dtype, peer.run, lambda tokens: tokens)
+    monkeypatch.setattr(generate, "ours", lambda *_: (greedy, 0.0))
+    monkeypatch.setattr(generate, "OURS", {"fastrnn float32": ("float32", {})})
+    other = generate.build(NETWORKS["gru"])
+    other.rnn.weight_hh_l0 *= 1.5
+    monkeypatch.setattr(generate, "PEERS", {"wrong": lambda *_: peers.eager(other, 2)})
+    faults: list[str] = []
+    assert generate.rivals(network, 2, ["wrong"], generate.Judge(network, 2), faults) == {}
+    assert [fault.split(" are ")[0] for fault in faults] == ["the ids fastrnn float32 draws"]
 
 
 def test_a_slow_rival_is_not_timed(monkeypatch):

@@ -29,6 +29,15 @@ SIZES = [
 OURS = [name for name in backends.TABLE if name not in ("reference", "aten", "cpu")]
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """cuDNN takes TF32 for float32 unless it is told not to."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 def plainly():
     """torch.nn without cuDNN."""
     return torch.backends.cudnn.flags(enabled=False)
