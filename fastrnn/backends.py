@@ -8,7 +8,7 @@ returns None or the sentence saying why this backend does not take it. An explic
 Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of
 layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer; and
 ``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu``
-(`fastrnn.native`).
+(`fastrnn.native`) and ``triton`` (`fastrnn.graphed`).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Call(NamedTuple):
     precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights
     packed: bool = False  # rows of a PackedSequence
     bidirectional: bool = False
+    window: bool = False  # for generate: the last ids are run again for each token
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
@@ -149,10 +150,12 @@ def _load_cpu(op: str) -> Callable:
 
 
 def _refuse_triton(call: Call) -> str | None:
-    if call.op == "generate":
-        return _refuse_precision(call)
     if missing := gpu.triton_missing():
         return missing
+    if call.op == "generate" and call.precision != "float32":
+        return f"the loop on the GPU runs a network's own weights; {call.precision} weights are made by the C++ loop"
+    if call.window:
+        return "the loop on the GPU carries the state on; a network that runs a window for each token needs another"
     if call.device != "cuda" and not (call.device == "cpu" and gpu.interpreting()):
         return f"the Triton kernels run on CUDA GPUs, these tensors are on {call.device}"
     if call.transform and call.transform != "torch.compile":
@@ -183,6 +186,9 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
     last = ("reference", "it takes every call")
     if call.device == "cuda" and call.op == "sample":
         return ("triton", "one launch or two for the whole draw"), last
+    if call.device == "cuda" and call.op == "generate":
+        reason = "the whole loop runs on the GPU, many tokens a CUDA graph"
+        return ("triton", reason), ("reference", "the loop in Python takes every network")
     if call.op == "generate":
         return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
     if call.op not in CELLS:

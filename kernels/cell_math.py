@@ -111,6 +111,15 @@ def load_lengths(p_lengths, o_b, m_b, T):
 
 
 @triton.jit
+def input_rows(p_ids, row, m_b):
+    """Where the inputs of rows stand: at their own places, or at those that ids name in a table."""
+    if p_ids is None:
+        return row
+    else:
+        return tl.load(p_ids + row, m_b, other=0)
+
+
+@triton.jit
 def unless_fresh(p_reset, row, exists, value):
     """`value`, with zeros for the rows that start afresh at this step."""
     if p_reset is None:

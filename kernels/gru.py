@@ -18,6 +18,7 @@ from .cell_math import (
     copy_tiles,
     finish_state,
     first_row,
+    input_rows,
     is_first,
     load_bias,
     load_float,
@@ -182,10 +183,10 @@ def tiled_forward_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def step_kernel(
-    p_x, p_h0, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_lengths, p_reset, p_y, p_hn, p_gates, B, I, H: tl.constexpr,
-    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    p_x, p_ids, p_h0, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_lengths, p_reset, p_y, p_hn, p_gates, B, I,
+    H: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step: both products and the gates.
+    """One step: both products and the gates. With ids, x is a table of inputs; without W_ih, of their products with it.
 
     Owns: h' of BN units of BB sequences. Keeps: the sums of their gates. Moves: x, h and the units' rows of both
     weights in; y, h' and gates out. Syncs: none. Limits: none.
@@ -197,9 +198,12 @@ def step_kernel(
     b_r, b_z, b_n = load_biases(p_b_ih, o_n, m_n, H)
     c_r, c_z, c_n = load_biases(p_b_hh, o_n, m_n, H)
     zero = tl.zeros((BB, BN), tl.float32)
-    a_r, a_z, x_n = add_products(
-        zero + b_r + c_r, zero + b_z + c_z, zero + b_n, p_x, row * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION
-    )
+    a_r, a_z, x_n, row_x = zero + b_r + c_r, zero + b_z + c_z, zero + b_n, input_rows(p_ids, row, m_b)
+    if p_w_ih is None:
+        x_r, x_z, rest = load_input(p_x, row_x, o_n, m, H)
+        a_r, a_z, x_n = a_r + x_r, a_z + x_z, x_n + rest
+    else:
+        a_r, a_z, x_n = add_products(a_r, a_z, x_n, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION)
     a_r, a_z, q = add_products(a_r, a_z, zero + c_n, p_h0, row * H, m_from, H, p_w_hh, o_n, H, BK, PRECISION)
     h = load_float(p_h0 + at, m)
     r, z, n, h_next = cell(a_r, a_z, x_n, q, tl.where(m_from[:, None], h, 0.0))
@@ -315,7 +319,7 @@ def gru_forward(
     elif time == 1:
         x, w_ih, b_ih = contiguous(x, w_ih, b_ih)
         plan = tuning.step("gru", hidden, batch, x.dtype)
-        run(step_kernel, plan, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, *results, batch, inputs, **sizes)
+        run(step_kernel, plan, x, None, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, *results, batch, inputs, **sizes)
     else:
         gx, sizes["REVERSE"] = linear(x, w_ih, b_ih).contiguous(), reverse
         plan = tuning.sequence("gru", "forward", hidden, batch, x.dtype, processors(x))

@@ -174,7 +174,7 @@ def _variant(name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: i
     """
     short, aligned = _TYPES[dtype], []
     bare, projection = hidden % 16 == 0, ("p_wr", "p_dhs", "p_m")
-    known = plan.blocks | dict(H=hidden, P=hidden, REVERSE=not bare) | constants
+    known = plan.blocks | dict(H=hidden, P=hidden, REVERSE=not bare, p_ids=None) | constants
     known["PRECISION"] = "tf32x3" if dtype == torch.float32 else "ieee"
     fixed: dict[str, object] = {}
     signature: dict[str, str] = {}

@@ -19,6 +19,7 @@ from .cell_math import (
     copy_tiles,
     finish_state,
     first_row,
+    input_rows,
     is_first,
     load_bias,
     load_float,
@@ -195,10 +196,10 @@ def tiled_forward_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def step_kernel(
-    p_x, p_h0, p_c0, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_lengths, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, B, I,
-    H: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    p_x, p_ids, p_h0, p_c0, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_lengths, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, B,
+    I, H: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step: both products and the gates.
+    """One step: both products and the gates. With ids, x is a table of inputs; without W_ih, of their products with it.
 
     Owns: h' and c' of BN units of BB sequences. Keeps: the sums of their gates. Moves: x, h, c and the units' rows of
     both weights in; y, h', c', gates and cells out. Syncs: none. Limits: no projection.
@@ -210,7 +211,12 @@ def step_kernel(
     zero = tl.zeros((BB, BN), tl.float32)
     a_i, a_f, a_g, a_o = add_bias(p_b_ih, o_n, m_n, zero, zero, zero, zero, H)
     a_i, a_f, a_g, a_o = add_bias(p_b_hh, o_n, m_n, a_i, a_f, a_g, a_o, H)
-    a_i, a_f, a_g, a_o = add_products(a_i, a_f, a_g, a_o, p_x, row * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION)
+    row_x = input_rows(p_ids, row, m_b)
+    if p_w_ih is None:
+        x_i, x_f, x_g, x_o = load_gates(p_x, row_x, o_n, m, H)
+        a_i, a_f, a_g, a_o = a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o
+    else:
+        a_i, a_f, a_g, a_o = add_products(a_i, a_f, a_g, a_o, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION)
     a_i, a_f, a_g, a_o = add_products(a_i, a_f, a_g, a_o, p_h0, row * H, m_from, H, p_w_hh, o_n, H, BK, PRECISION)
     c = load_float(p_c0 + at, m)
     i, f, g, o, c_next, h_next = cell(a_i, a_f, a_g, a_o, tl.where(m_from[:, None], c, 0.0))
@@ -340,7 +346,7 @@ def lstm_forward(
     elif time == 1 and w_hr is None:
         x, w_ih, b_ih = contiguous(x, w_ih, b_ih)
         plan, biases = tuning.step("lstm", hidden, batch, x.dtype), (b_ih, b_hh)
-        run(step_kernel, plan, x, h0, c0, w_ih, w_hh, *biases, lengths, fresh, *results, batch, inputs, **sizes)
+        run(step_kernel, plan, x, None, h0, c0, w_ih, w_hh, *biases, lengths, fresh, *results, batch, inputs, **sizes)
     else:
         gx, sizes["REVERSE"] = linear(x, w_ih, b_ih).contiguous(), reverse
         plan = tuning.sequence("lstm", "forward", hidden, batch, x.dtype, processors(x), w_hr is not None)

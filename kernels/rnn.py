@@ -19,6 +19,7 @@ from .cell_math import (
     copy_tiles,
     finish_state,
     first_row,
+    input_rows,
     load_bias,
     load_float,
     load_lengths,
@@ -127,10 +128,10 @@ def tiled_forward_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def step_kernel(
-    p_x, p_h0, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_lengths, p_reset, p_y, p_hn, B, I, H: tl.constexpr,
+    p_x, p_ids, p_h0, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_lengths, p_reset, p_y, p_hn, B, I, H: tl.constexpr,
     RELU: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step: both products and the nonlinearity.
+    """One step: both products and the nonlinearity. With ids, x is a table of inputs; without W_ih, of their products.
 
     Owns: h' of BN units of BB sequences. Keeps: their sums. Moves: x, h and the units' rows of both weights in, y and
     h' out. Syncs: none. Limits: none.
@@ -140,7 +141,11 @@ def step_kernel(
     exists = load_lengths(p_lengths, o_b, m_b, 1) > 0
     m, at = m_b[:, None] & m_n[None, :], row[:, None] * H + o_n[None, :]
     a = tl.zeros((BB, BN), tl.float32) + load_bias(p_b_ih, o_n, m_n) + load_bias(p_b_hh, o_n, m_n)
-    a = add_product(a, p_x, row * I, m_b, I, p_w_ih, o_n, H, 1, I, BK, PRECISION)
+    row_x = input_rows(p_ids, row, m_b)
+    if p_w_ih is None:
+        a += load_float(p_x + row_x[:, None] * H + o_n[None, :], m)
+    else:
+        a = add_product(a, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, 1, I, BK, PRECISION)
     m_from = starting_mask(p_reset, row, exists)
     a = add_product(a, p_h0, row * H, m_from, H, p_w_hh, o_n, H, 1, H, BK, PRECISION)
     h_next = activate(a, RELU)
@@ -226,7 +231,7 @@ def rnn_forward(
     if time == 1:
         x, w_ih, b_ih = contiguous(x, w_ih, b_ih)
         plan = tuning.step("rnn", hidden, batch, x.dtype)
-        run(step_kernel, plan, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, y, hn, batch, inputs, **sizes)
+        run(step_kernel, plan, x, None, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, y, hn, batch, inputs, **sizes)
         return y, hn
     gx, sizes["REVERSE"] = linear(x, w_ih, b_ih).contiguous(), reverse
     plan = tuning.sequence("rnn", "forward", hidden, batch, x.dtype, processors(x))

@@ -98,3 +98,10 @@ def step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
     rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
     units, depth = 32 if cell == "rnn" else 16, 32 if dtype == torch.float32 else 64
     return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3)
+
+
+def token_step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
+    """The plan of a step of generation: as `step`, but in blocks that do not depend on the batch, nor do then a row's
+    bits: 16 rows, the least that tensor cores take."""
+    alone = step(cell, hidden, 1, dtype)
+    return alone._replace(grid=(alone.grid[0], cdiv(batch, alone.blocks["BB"])))

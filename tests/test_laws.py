@@ -21,7 +21,7 @@ NUMBERS = (
     ("sampling",),
     ("cells", "layers", "conversion"),
     ("network", "inference", "sequence", "storage"),
-    ("request", "engine", "native", "generate", "likelihood"),
+    ("request", "engine", "native", "graphed", "generate", "likelihood"),
 )
 TEXT = (
     ("text", "textkinds", "textstream", "tokenizer", "reading"),
