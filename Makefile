@@ -41,8 +41,8 @@ test: build
 	@$(BIN)/python -m pytest $(ARGS)
 
 sanitize:
-	@echo "sanitize: compiling and running tests/native (4 minutes of processor time)"
-	@$(call quiet,sanitize,tests/native/sanitize)
+	@echo "sanitize: compiling and running tests/native (5 minutes of processor time)"
+	@$(call quiet,sanitize,tests/native/sanitize && tests/native/sanitize_cuda)
 	@grep -a ' holds$$\|left out' build/sanitize.log
 
 setup: $(VENV)/.installed
