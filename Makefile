@@ -49,8 +49,8 @@ gpu: setup
 	@$(BIN)/python -m bench.gpu $(ARGS)
 
 sanitize:
-	@echo "sanitize: compiling and running tests/native (4 minutes of processor time)"
-	@$(call quiet,sanitize,tests/native/sanitize)
+	@echo "sanitize: compiling and running tests/native (5 minutes of processor time)"
+	@$(call quiet,sanitize,tests/native/sanitize && tests/native/sanitize_cuda)
 	@grep -a ' holds$$\|left out' build/sanitize.log
 
 # The oldest triton that pyproject.toml allows, beside the one in VENV; for the same Python, no other package needed.
