@@ -104,20 +104,20 @@ def test_tf32_errs_as_the_float16_of_its_fraction(cuda, kind, plan):
 def test_rows_do_not_depend_on_the_batch_nor_on_the_cluster(cuda, kind, dtype):
     cell, a = forward_case(kind, dtype, time=4, batch=11, inputs=5, hidden=100, masked=True)
     gradients = with_gradients(cell, a)
-    rows = [n for n in ("y", "hn", "cn", "gates", "cells", "dx", "dh0", "dc0") if n in RESULTS[f"{cell}_forward"]]
+    forward, own = RESULTS[f"{cell}_forward"], (*RESULTS[f"{cell}_forward"], "dh0", "dc0")  # no product of torch's
     cuda.want_plan(1, 1)
     whole = everything(cuda, cell, gradients)
     for plan in ((4, 1), (1, 2), (1, 4)):
         cuda.want_plan(*plan)
         other = everything(cuda, cell, gradients)
-        for name in whole:
+        for name in set(own) & set(whole):
             assert_same_bits(other[name], whole[name], f"{name} of plan {plan}")
     cuda.want_plan(1, 1)
     for index in ([10], [9, 3, 3, 0]):
         batched = {n: v for n, v in gradients.items() if isinstance(v, torch.Tensor) and not n.startswith(("w_", "b_"))}
         part = gradients | {n: v[:, index] if v.dim() == 3 or n == "reset" else v[index] for n, v in batched.items()}
         found = call(cuda, f"{cell}_forward", part)
-        for name in rows:
+        for name in forward:
             expected = whole[name][:, index] if whole[name].dim() == 3 else whole[name][index]
             assert_same_bits(found[name], expected, f"{name} of rows {index}")
 

@@ -120,12 +120,14 @@ template <class M, int gates, int kept, int row_tiles> struct Seat {
 // Forward.
 // Owns:   all results of a slice of the batch (8 rows, or 32) and of the CTA's units.
 // Keeps:  W_hh of its units, in registers and shared memory; h of all units, twice, in shared memory; c in registers.
-// Moves:  a step reads gx, one step early, and writes y, gates and cells; a cluster's CTAs give each other their h.
+// Moves:  a step reads gx, one step early where there are 8 rows, and writes y, gates and cells; a cluster's CTAs
+//         give each other their h.
 // Syncs:  the CTA, or its cluster, once a step: who writes h for the next step has read the h of two steps before.
 // Limits: a CTA has 8 warps of 16 units and as much memory as plan.h counts.
 template <class Cell, class M, int row_tiles>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(CellForward a, Plan plan) {
   constexpr int gates = Cell::gates, kept = kept_in<M, gates, row_tiles>;
+  constexpr bool early = row_tiles == 1;
   using E = typename M::E;
   FR_DYNAMIC_SHARED(unsigned char, memory);
   const Seat<M, gates, kept, row_tiles> seat(plan, steps_of(a), memory);
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
     seat.buffer(0)[i / H * plan.stride + i % H] = M::factor(static_cast<const E*>(a.h0)[seat.b0 * H + i]);
 
   float h[row_tiles][4], c[row_tiles][4], bias[2][gates];
-  E gx[row_tiles][4][gates];  // of the next step
+  E gx[row_tiles][4][gates];  // of the next step, where it is read early
   const auto load = [&](int64_t s, int n, int i) {
     const E* from = static_cast<const E*>(a.gx) + seat.place(s, n, i).row * gates * H + seat.unit(i);
 #pragma unroll
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
     const Place p = seat.place(0, n, i);
     h[n][i] = at<E>(a.h0, p.state), c[n][i] = Cell::has_c ? at<E>(a.c0, p.state) : 0.0f;
     for (int gate = 0; gate < gates; ++gate) bias[i / 2][gate] = a.b_hh ? at<E>(a.b_hh, gate * H + p.unit) : 0.0f;
-    load(0, n, i);
+    if (early) load(0, n, i);
   });
   seat.meet();
   for (int64_t s = 0; s < a.T; ++s) {
@@ -159,10 +161,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
     seat.each([&](int n, int i) {
       const Place p = seat.place(s, n, i);
       float x[gates], q[gates];
+      if (!early) load(s, n, i);
 #pragma unroll
       for (int gate = 0; gate < gates; ++gate)
         x[gate] = to_float(gx[n][i][gate]), q[gate] = bias[i / 2][gate] + (p.fresh ? 0.0f : sum[n][gate][i]);
-      if (s + 1 < a.T) load(s + 1, n, i);
+      if (early && s + 1 < a.T) load(s + 1, n, i);
       Cell::forward(a, p, x, q, h[n][i], c[n][i]);
       put<E>(a.y, p.row * H + p.unit, p.there ? h[n][i] : 0.0f);
       seat.show(seat.buffer(s + 1), n, i, p.unit, h[n][i]);

@@ -44,7 +44,7 @@ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 // 16 registers a gate, and four tiles of rows leave no room.
 constexpr int kept_tiles(Precision p, int gates, int row_tiles) {
   if (row_tiles > 1) return 0;
-  const int fragments = p == Precision::f32 ? 4 : p == Precision::tf32 ? 16 : 32;
+  const int fragments = p == Precision::f32 ? 4 : p == Precision::tf32 ? 12 : 32;
   return std::min(fragments / gates, 16);
 }
 
