@@ -50,6 +50,13 @@ template <class... P, class... A> cudaError_t launch(const Launch& how, void (*k
                              [=] { kernel(static_cast<P>(arguments)...); });
 }
 
+inline uint32_t warp_max(uint32_t v, FR_PLACE) {
+  for (int step = 16; step > 0; step /= 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, v, step, 32, file, line);
+    v = other > v ? other : v;
+  }
+  return v;
+}
 inline void grid_sync(FR_PLACE) { cuda_on_cpu::grid_barrier({file, line}); }
 inline void cluster_sync(FR_PLACE) { cuda_on_cpu::cluster_barrier({file, line}); }
 inline unsigned cluster_rank() { return cuda_on_cpu::self().rank; }
@@ -132,6 +139,9 @@ template <class... P, class... A> cudaError_t launch(const Launch& how, void (*k
   config.stream = how.stream, config.attrs = attribute, config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
+
+// The largest of a warp's numbers.
+__device__ __forceinline__ uint32_t warp_max(uint32_t v) { return __reduce_max_sync(~0u, v); }
 
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
