@@ -130,7 +130,7 @@ struct Forward {
     a.lengths = c.want_lengths(lengths), a.reset = c.want_reset(reset);
     a.reverse = reverse, a.stream = c.stream;
     if (c.T > 1 && !empty) {
-      gx = linear(x, w_ih, b_ih);
+      gx = torch::stable::contiguous(linear(x, w_ih, b_ih));
       a.gx = gx.data_ptr();
     }
     if (empty) copy_state(hn, h0);

@@ -143,10 +143,38 @@ def _load_cpu(op: str) -> Callable:
     return getattr(torch.ops.fastrnn_cpu, op).default
 
 
+def _refuse_cuda(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"the CUDA kernels run on CUDA GPUs, these tensors are on {call.device}"
+    if call.op in ("sample", "generate"):
+        return f"the CUDA kernels of this build are those of the cells; use reference for {call.op}"
+    if missing := extension_missing() or cuda_kernels_missing():
+        return missing
+    if call.transform and call.transform != "torch.compile":
+        return f"the CUDA kernels have no rule for {call.transform}; the reference has"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the CUDA kernels take float32, float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.projection:
+        return "the CUDA kernels have no projection"
+    return None
+
+
+def _load_cuda(op: str) -> Callable:
+    importlib.import_module("fastrnn._C")
+    run = getattr(torch.ops.fastrnn_cuda, op).default
+
+    def with_precision(*args):
+        """Products of float32 are taken as torch.matmul takes them on a GPU."""
+        return run(*args, tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+    return with_precision
+
+
 TABLE: dict[str, Backend] = {
     "reference": Backend(_refuse_reference, _load_reference),
     "aten": Backend(_refuse_aten, _load_aten),
     "cpu": Backend(_refuse_cpu, _load_cpu),
+    "cuda": Backend(_refuse_cuda, _load_cuda),
 }
 
 
@@ -200,7 +228,7 @@ _record: contextvars.ContextVar[list | None] = contextvars.ContextVar("fastrnn_r
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Within this context every op runs on backend ``name`` ("reference", "aten", "cpu") or raises why it cannot.
+    """Within this context every op runs on backend ``name``, one of `TABLE`, or raises why it cannot.
 
     None restores the automatic choice, also inside a context or under ``FASTRNN_BACKEND``.
 
@@ -302,9 +330,21 @@ def extension_missing() -> str | None:
     return None
 
 
+@functools.cache
+def cuda_kernels_missing() -> str | None:
+    """None when the extension has the CUDA kernels and the current GPU runs them, otherwise the sentence."""
+    if not hasattr(torch.ops.fastrnn_cuda, "lstm_forward"):
+        return "the extension was built without CUDA; FASTRNN_CUDA=1 where there is a CUDA toolkit builds it with"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the CUDA kernels need compute capability 8.0, this GPU has {major}.{minor}"
+
+
 def available() -> dict[str, str | None]:
     """Each backend's name with None when it can run on this machine, or the sentence that says why not."""
-    return {name: extension_missing() if name == "cpu" else None for name in TABLE}
+    absent = {"cpu": extension_missing, "cuda": lambda: extension_missing() or cuda_kernels_missing()}
+    return {name: absent[name]() if name in absent else None for name in TABLE}
 
 
 # --- explaining -----------------------------------------------------------------------------------------------------

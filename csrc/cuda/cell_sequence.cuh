@@ -107,7 +107,7 @@ template <class M, int gates, int kept, int row_tiles> struct Seat {
     constexpr int each = 16 / sizeof(E), pieces = kUnits / each;
     const int total = pieces * parts * kRows * row_tiles;
     for (unsigned peer = 1; peer < plan.cluster; ++peer) {
-      const unsigned to = (cluster_rank() + peer) % static_cast<unsigned>(plan.cluster);
+      const unsigned to = (cluster_rank() + peer) & static_cast<unsigned>(plan.cluster - 1);  // a power of two
       for (int i = lane_of_thread(); i < total; i += 32) {
         const int piece = i % pieces, part = i / pieces % parts, r = i / (pieces * parts);
         E* from = buffer + r * plan.stride + part * apart + unit0 + piece * each;

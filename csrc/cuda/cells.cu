@@ -10,34 +10,32 @@ namespace {
 
 std::atomic<int64_t> wanted_row_tiles{0}, wanted_cluster{-1};
 
-// One thread copies a word: from `steps`, or where `previous`, from the step before.
+// Rows of `steps`, or where `previous`, of the steps before them; a CTA goes through row after row.
 // Owns:   out.
 // Keeps:  nothing.
 // Moves:  out and what it is made of, once.
 // Syncs:  nothing.
 // Limits: none.
-template <class Word> __global__ void __launch_bounds__(256) rows_kernel(Rows a, int64_t words, bool previous) {
+template <class Word> __global__ void __launch_bounds__(128) rows_kernel(Rows a, int64_t words, bool previous) {
   const Steps steps{a.T, a.B, words, a.lengths, a.reset, a.reverse};
-  const int64_t total = a.T * a.B * words;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < total;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t row = i / words, t = row / a.B;
-    const Place p = steps.place(steps.time(t), row % a.B, i % words, steps.length(row % a.B));
-    Word word{};
-    if (p.there && !(previous && p.fresh)) {
-      if (!previous)
-        word = get<Word>(a.steps, i);
-      else
-        word = p.before < 0 ? get<Word>(a.initial, p.state) : get<Word>(a.steps, p.before * words + p.unit);
-    }
-    static_cast<Word*>(a.out)[i] = word;
+  for (int64_t row = blockIdx.x; row < a.T * a.B; row += gridDim.x) {
+    const int64_t t = row / a.B, b = row % a.B;
+    const Place p = steps.place(steps.time(t), b, 0, steps.length(b));
+    const Word* from = nullptr;  // zeros
+    if (!previous)
+      from = p.there ? static_cast<const Word*>(a.steps) + row * words : nullptr;
+    else if (p.there && !p.fresh)
+      from = p.before < 0 ? static_cast<const Word*>(a.initial) + b * words
+                          : static_cast<const Word*>(a.steps) + p.before * words;
+    for (int64_t i = threadIdx.x; i < words; i += blockDim.x)
+      static_cast<Word*>(a.out)[row * words + i] = from ? from[i] : Word{};
   }
 }
 
 const char* run(const Rows& call, bool previous) {
-  const int64_t total = call.T * call.B * call.width;
-  if (total == 0) return nullptr;
-  const dim3 grid = grid_of(std::min<int64_t>((total + 255) / 256, 1 << 16)), block = grid_of(256);
+  const int64_t rows = call.T * call.B;
+  if (rows * call.width == 0) return nullptr;
+  const dim3 grid = grid_of(std::min<int64_t>(rows, 1 << 16)), block = grid_of(128);
   const auto stream = static_cast<cudaStream_t>(call.stream);
   if (call.element_bytes == 2)
     return told(FR_LAUNCH(rows_kernel<uint16_t>, grid, block, 0, stream, call, call.width, previous));
