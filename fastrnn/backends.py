@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from . import gpu
+from .extension import cuda_kernels_missing, extension_missing
 
 CELLS = ("lstm", "gru", "rnn")
 CELL_OPS = tuple(f"{cell}_{way}" for cell in CELLS for way in ("forward", "backward"))
@@ -149,33 +150,14 @@ def _load_cpu(op: str) -> Callable:
     return getattr(torch.ops.fastrnn_cpu, op).default
 
 
-def _refuse_triton(call: Call) -> str | None:
-    if missing := gpu.triton_missing():
-        return missing
-    if call.op == "generate" and call.precision != "float32":
-        return f"the loop on the GPU runs a network's own weights; {call.precision} weights are made by the C++ loop"
-    if call.window:
-        return "the loop on the GPU carries the state on; a network that runs a window for each token needs another"
-    if call.device != "cuda" and not (call.device == "cpu" and gpu.interpreting()):
-        return f"the Triton kernels run on CUDA GPUs, these tensors are on {call.device}"
-    if call.transform and call.transform != "torch.compile":
-        return f"the Triton kernels have no rule for {call.transform}; the reference has"
-    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernels take float32, float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
-    if call.device == "cuda" and (old := gpu.too_old()):
-        return old
-    return None
-
-
-def _load_triton(op: str) -> Callable:
-    return getattr(importlib.import_module(f"fastrnn.kernels.{op.partition('_')[0]}"), op)
-
-
 TABLE: dict[str, Backend] = {
     "reference": Backend(_refuse_reference, _load_reference),
     "aten": Backend(_refuse_aten, _load_aten),
     "cpu": Backend(_refuse_cpu, _load_cpu),
-    "triton": Backend(_refuse_triton, _load_triton),
+    "triton": Backend(gpu.refuse_triton, gpu.load_triton),
+
+
+    "cuda": Backend(gpu.refuse_cuda, gpu.load_cuda),
 }
 
 
@@ -323,24 +305,9 @@ def pick(call: Call) -> Callable:
     return function(choose(call).backend, call.op)
 
 
-@functools.cache
-def extension_missing() -> str | None:
-    """None when the C++ extension can be loaded, otherwise the sentence that says why not and what to do."""
-    if importlib.util.find_spec("fastrnn._C") is None:
-        return (
-            "the C++ extension is not built; with a C++ compiler, "
-            "`pip install --no-build-isolation -e .` in the source tree builds it"
-        )
-    try:
-        importlib.import_module("fastrnn._C")
-    except (ImportError, OSError) as problem:
-        return f"the C++ extension does not load: {problem}"
-    return None
-
-
 def available() -> dict[str, str | None]:
     """Each backend's name with None when it can run on this machine, or the sentence that says why not."""
-    absent = {"cpu": extension_missing, "triton": gpu.triton_absent}
+    absent = {"cpu": extension_missing, "triton": gpu.triton_absent, "cuda": cuda_kernels_missing}
     return {name: absent[name]() if name in absent else None for name in TABLE}
 
 

@@ -13,9 +13,12 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+
+from .extension import cuda_kernels_missing
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -69,6 +72,58 @@ def estimated_win(call: Call) -> bool:
     rate = GEMM_TFLOPS * (0.5 if call.dtype == torch.float32 else 1.0) * 1e6  # operations a microsecond
     product = 2 * tuning.GATES[call.op] * call.hidden * call.hidden * call.batch / rate
     return ours <= max(LAUNCHED_STEP_US, product)
+
+
+# --- the rows of the table ------------------------------------------------------------------------------------------
+
+
+def refuse_triton(call: Call) -> str | None:
+    if missing := triton_missing():
+        return missing
+    if call.op == "generate" and call.precision != "float32":
+        return f"the loop on the GPU runs a network's own weights; {call.precision} weights are made by the C++ loop"
+    if call.window:
+        return "the loop on the GPU carries the state on; a network that runs a window for each token needs another"
+    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
+        return f"the Triton kernels run on CUDA GPUs, these tensors are on {call.device}"
+    if call.transform and call.transform != "torch.compile":
+        return f"the Triton kernels have no rule for {call.transform}; the reference has"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels take float32, float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.device == "cuda" and (old := too_old()):
+        return old
+    return None
+
+
+def load_triton(op: str) -> Callable:
+    return getattr(importlib.import_module(f"fastrnn.kernels.{op.partition('_')[0]}"), op)
+
+
+def refuse_cuda(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"the CUDA kernels run on CUDA GPUs, these tensors are on {call.device}"
+    if call.op in ("sample", "generate"):
+        return f"the CUDA kernels of this build are those of the cells; use reference for {call.op}"
+    if missing := cuda_kernels_missing():
+        return missing
+    if call.transform and call.transform != "torch.compile":
+        return f"the CUDA kernels have no rule for {call.transform}; the reference has"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the CUDA kernels take float32, float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.projection:
+        return "the CUDA kernels have no projection"
+    return None
+
+
+def load_cuda(op: str) -> Callable:
+    importlib.import_module("fastrnn._C")
+    run = getattr(torch.ops.fastrnn_cuda, op).default
+
+    def with_precision(*args):
+        """Products of float32 are taken as torch.matmul takes them on a GPU."""
+        return run(*args, tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+    return with_precision
 
 
 # --- whether Triton can run ----------------------------------------------------------------------------------------

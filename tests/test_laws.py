@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALONE = ("checkpoint", "config", "devices", "shuffle")
 NUMBERS = (
     ("reference", "reference_sample"),
+    ("extension",),
     ("backends", "gpu", "aten", "library", "ops", "direct"),
     ("sampling",),
     ("cells", "layers", "conversion"),

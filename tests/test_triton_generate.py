@@ -11,10 +11,9 @@ from triton_cases import NEEDED, runs_here
 
 import fastrnn
 import oracle
-from fastrnn import backends, graphed
+from fastrnn import graphed
 from fastrnn.engine import Engine
-from fastrnn.generate import generate, make_engine, make_runner, prefill
-from fastrnn.graphed import DeviceNetwork, GraphedEngine, tokens_at_once
+from fastrnn.generate import generate
 from fastrnn.inference import ALONE, Inference
 from fastrnn.network import CELLS, INPUTS, Network, NetworkConfig
 from fastrnn.request import Completion, Request
@@ -57,8 +56,8 @@ def requests(count: int, vocab: int = 11, **options) -> list[Request]:
         Request(
             torch.randint(vocab, (1 + i % 3,), generator=chance),
             **{
-                "max_new_tokens": 1 + 3 * i % 7, "sampling": SAMPLING[i % 2], "seed": 2**63 + i % 3, "sequence": i << 32,
-                "logprobs": True, **options,
+                "max_new_tokens": 1 + 3 * i % 7, "sampling": SAMPLING[i % 2], "seed": 2**63 + i % 3,
+                "sequence": i << 32, "logprobs": True, **options,
             },
         )
         for i in range(count)
