@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from . import gpu
-from .extension import cuda_kernels_missing, extension_missing
+from .extension import cuda_kernels_missing, extension_missing, native
 
 CELLS = ("lstm", "gru", "rnn")
 CELL_OPS = tuple(f"{cell}_{way}" for cell in CELLS for way in ("forward", "backward"))
@@ -146,8 +146,7 @@ def _refuse_cpu(call: Call) -> str | None:
 
 
 def _load_cpu(op: str) -> Callable:
-    importlib.import_module("fastrnn._C")
-    return getattr(torch.ops.fastrnn_cpu, op).default
+    return native("fastrnn_cpu", op)
 
 
 TABLE: dict[str, Backend] = {

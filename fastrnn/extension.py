@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -35,3 +36,9 @@ def cuda_kernels_missing() -> str | None:
         return "torch finds no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"the CUDA kernels need compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def native(library: str, op: str) -> Callable:
+    """The function of an op of ``torch.ops.fastrnn_cpu`` or ``torch.ops.fastrnn_cuda``."""
+    importlib.import_module("fastrnn._C")
+    return getattr(getattr(torch.ops, library), op).default

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .extension import cuda_kernels_missing
+from .extension import cuda_kernels_missing, native
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -116,8 +116,7 @@ def refuse_cuda(call: Call) -> str | None:
 
 
 def load_cuda(op: str) -> Callable:
-    importlib.import_module("fastrnn._C")
-    run = getattr(torch.ops.fastrnn_cuda, op).default
+    run = native("fastrnn_cuda", op)
 
     def with_precision(*args):
         """Products of float32 are taken as torch.matmul takes them on a GPU."""
