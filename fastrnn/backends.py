@@ -181,29 +181,27 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
 
 
 def _kernels_win(call: Call) -> bool:
-    """Where the C++ kernels beat PyTorch on a CPU over a sequence (bench/results/sequence.csv): everywhere but for the
-    LSTM in training, where oneDNN or MKL are level with them, and a RNN of so few steps that its fixed cost rules.
+    """Where the C++ kernels are no slower than PyTorch on a CPU over a sequence (bench/results/sequence.csv):
+    everywhere but for the LSTM in training that oneDNN does not have, where MKL's products are the faster ones.
     """
-    if not call.needs_grad or call.op == "gru":
+    if call.op != "lstm" or not call.needs_grad or call.dtype == torch.bfloat16:
         return True
-    if call.op == "rnn":
-        return call.time * call.batch * call.hidden > 1024
-    if call.dtype == torch.bfloat16:
-        return True
-    units = call.batch * call.hidden
     in_onednn = call.dtype == torch.float32 and not call.projection
-    return call.batch <= 2 or (units >= 32768 if in_onednn else units <= 4096)
+    return in_onednn or call.batch <= 2 or call.batch * call.hidden <= 4096
 
 
 def _little_work(call: Call) -> bool:
     """Where one step is so little work that PyTorch's fixed cost counts; less often for the LSTM, which oneDNN has.
 
     A single step's cost is Python and dispatch, of which the way to the kernels has less; with a gradient, PyTorch's
-    products are the faster ones for wide states, and its RNN cell is hardly more than they.
+    products are the faster ones for wide states, and its RNN cell is hardly more than they. In bfloat16 PyTorch's
+    products of so few rows are slow.
     """
-    area = call.batch * call.hidden
+    area, half = call.batch * call.hidden, call.dtype == torch.bfloat16
     if not call.needs_grad:
-        return call.batch <= 16 or area <= 4096
+        return half or call.batch <= 16 or area <= 4096
+    if half and call.hidden <= 64:
+        return call.op != "rnn" or call.batch >= 16
     if call.op == "lstm":
         return call.hidden <= 64 and area <= 1024
     return call.op == "gru" and call.hidden <= 128 and area <= 4096

@@ -265,11 +265,11 @@ def test_contexts_nest_and_environment_yields():
 
 
 def test_explain_lists_choices_reasons_and_refusals():
-    layer = torch.nn.LSTM(3, 4)
-    x = torch.randn(5, 32, 3)
+    layer = torch.nn.LSTM(3, 16, dtype=torch.float64)  # in training and at this size PyTorch's own is asked first
+    x = torch.randn(5, 300, 3, dtype=torch.float64)
 
     def run():
-        states, reset = (torch.zeros(1, 32, 4),) * 2, torch.zeros(5, 32, dtype=torch.bool)
+        states, reset = (x.new_zeros(1, 300, 16),) * 2, torch.zeros(5, 300, dtype=torch.bool)
         options = dict(bias=True, num_layers=1, dropout=0.0, training=True, bidirectional=False)
         return ops.stack("LSTM", x, states, layer._flat_weights, reset=reset, **options)
 
