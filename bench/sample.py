@@ -25,7 +25,7 @@ import fastrnn
 from bench import peers
 from bench.gpu import KEY
 from bench.timing import Timing, clock_of, first_line, interleaved, launch_errors, row, write_csv
-from fastrnn import ops
+from fastrnn import gpu, ops
 
 SHAPES = {  # B, V
     "cpu": [(1, 65), (256, 65), (64, 10000), (8, 50257)],
@@ -182,7 +182,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="CSV file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    others = ("aten", "cpu", "reference") if options.device == "cuda" else ("aten",)  # the reference: no rival on a GPU
+    if options.device == "cuda":
+        others = {"aten", "cpu", "reference"}  # the reference is no rival there
+    else:
+        others = {"aten", "cuda"} | (set() if gpu.interpreting() else {"triton"})
     backends = [name for name in fastrnn.backends.TABLE if name not in others]
     pace = {"rounds": 5, "seconds": 0.02} if options.device == "cuda" else {}
     bench = Bench(options.device, backends, {"rounds": 3, "seconds": 0.002} if options.quick else pace)
