@@ -133,7 +133,7 @@ template <class M, int gates, int kept, int row_tiles> struct Seat {
 template <class Cell, class M, int row_tiles>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(CellForward a, Plan plan) {
   constexpr int gates = Cell::gates, kept = kept_in<M, gates, row_tiles>;
-  constexpr bool early = row_tiles == 1;
+  constexpr bool early = row_tiles == 1;  // loads for the next step; stores after the others have been given h
   using E = typename M::E;
   FR_DYNAMIC_SHARED(unsigned char, memory);
   const Seat<M, gates, kept, row_tiles> seat(plan, steps_of(a), memory);
@@ -163,7 +163,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
   seat.meet();
   for (int64_t s = 0; s < a.T; ++s) {
     float sum[row_tiles][gates][4];
-    typename Cell::Step step[row_tiles][4];
+    typename Cell::Step step[4];
+    const auto save = [&](const Place& p, float h_next, const typename Cell::Step& made) {
+      put<E>(a.y, p.gate(0, 1), p.there ? h_next : 0.0f);
+      Cell::save(a, p, made);
+    };
     multiply<M, gates>(seat.rows, weights, seat.shown(seat.buffer(s), 0), sum);
     seat.each([&](int n, int i) {
       const Place p = seat.place(s, n, i);
@@ -172,17 +176,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
 #pragma unroll
       for (int gate = 0; gate < gates; ++gate)
         x[gate] = to_float(gx[n][i][gate]), q[gate] = bias[i / 2][gate] + (p.fresh ? 0.0f : sum[n][gate][i]);
-      step[n][i] = Cell::forward(a, p, x, q, h[n][i], c[n][i]);
+      step[i] = Cell::forward(a, p, x, q, h[n][i], c[n][i]);
+      if (!early) save(p, h[n][i], step[i]);
       seat.show(seat.buffer(s + 1), n, i, p.unit, h[n][i]);
     });
     seat.hand_out(seat.buffer(s + 1), 1, 0);
     seat.arrive();
-    seat.each([&](int n, int i) {
-      const Place p = seat.place(s, n, i);
-      put<E>(a.y, p.gate(0, 1), p.there ? h[n][i] : 0.0f);
-      Cell::save(a, p, step[n][i]);
-      if (early && s + 1 < a.T) load(s + 1, n, i);
-    });
+    if (early)
+      seat.each([&](int n, int i) {
+        save(seat.place(s, n, i), h[n][i], step[i]);
+        if (s + 1 < a.T) load(s + 1, n, i);
+      });
     seat.wait();  // after the last step too: a CTA must not end while another writes into it
   }
   seat.each([&](int n, int i) {
@@ -213,28 +217,30 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_backward_kernel(Ce
   });
   seat.clear();
   float dh[row_tiles][4], dc[row_tiles][4];
-  typename Cell::Saved saved[early ? row_tiles : 1][4];
+  typename Cell::Saved saved[4];
   seat.each([&](int n, int i) {
     const Place p = seat.place(a.T - 1, n, i);
     dh[n][i] = at<E>(a.dhn, p.state), dc[n][i] = Cell::has_c ? at<E>(a.dcn, p.state) : 0.0f;
-    if (early) saved[n][i] = Cell::load(a, p);
+    if (early) saved[i] = Cell::load(a, p);
   });
   seat.meet();
   for (int64_t s = a.T - 1; s >= 0; --s) {
     E* mine = seat.buffer(s);
-    typename Cell::Gradient d[row_tiles][4];
+    typename Cell::Gradient d[4];
     seat.each([&](int n, int i) {
       const Place p = seat.place(s, n, i);
-      d[n][i] = Cell::backward(a, p, early ? saved[n][i] : Cell::load(a, p), dh[n][i], dc[n][i]);
+      d[i] = Cell::backward(a, p, early ? saved[i] : Cell::load(a, p), dh[n][i], dc[n][i]);
+      if (!early) Cell::save(a, p, d[i]);
 #pragma unroll
-      for (int gate = 0; gate < gates; ++gate) seat.show(mine, n, i, gate * apart + p.unit, d[n][i].product[gate]);
+      for (int gate = 0; gate < gates; ++gate) seat.show(mine, n, i, gate * apart + p.unit, d[i].product[gate]);
     });
     seat.hand_out(mine, gates, apart);
     seat.arrive();
-    seat.each([&](int n, int i) {
-      Cell::save(a, seat.place(s, n, i), d[n][i]);
-      if (early && s > 0) saved[n][i] = Cell::load(a, seat.place(s - 1, n, i));
-    });
+    if (early)
+      seat.each([&](int n, int i) {
+        Cell::save(a, seat.place(s, n, i), d[i]);
+        if (s > 0) saved[i] = Cell::load(a, seat.place(s - 1, n, i));
+      });
     seat.wait();
     float sum[row_tiles][1][4];
     multiply<M, gates>(seat.rows, weights, seat.shown(mine, apart), sum);

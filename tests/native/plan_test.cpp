@@ -50,11 +50,11 @@ void check_what_fits() {
   at() = "what fits";
   for (const Precision p : {Precision::f16, Precision::bf16}) {
     CHECK(resident(4, p, 128, kA100) && resident(3, p, 128, kA100) && resident(1, p, 128, kA100));
-    CHECK(!resident(4, p, 256, kA100) && resident(4, p, 640, kH100) && !resident(4, p, 1024, kH100));
-    CHECK(resident(3, p, 768, kH100) && resident(1, p, 1024, kH100));
+    CHECK(!resident(4, p, 256, kA100) && resident(4, p, 512, kH100) && !resident(4, p, 1024, kH100));
+    CHECK(resident(3, p, 640, kH100) && resident(1, p, 1024, kH100));
   }
   for (const Precision p : {Precision::f32, Precision::tf32})
-    CHECK(resident(4, p, 96, kA100) && resident(4, p, 384, kH100) && resident(1, p, 512, kH100));
+    CHECK(resident(4, p, 96, kA100) && resident(4, p, 256, kH100) && resident(1, p, 512, kH100));
   CHECK(sequence_plan(4, false, Precision::bf16, 64, 1 << 16, kH100).row_tiles == 4);
   CHECK(sequence_plan(4, false, Precision::bf16, 64, 8, kH100).cluster == 1);
 }
