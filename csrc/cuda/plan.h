@@ -66,8 +66,7 @@ constexpr Plan cut(int gates, bool backward, Precision p, int64_t H, int64_t B, 
   plan.stride = operand_stride(p, plan.unit_tiles * kUnits * (backward ? gates : 1));
   plan.weight_bytes = plan.warps * in_shared * gates * kUnits * kUnits * element_bytes(p);
   plan.shared_bytes = plan.weight_bytes + 2 * kRows * row_tiles * plan.stride * element_bytes(p);
-  plan.resident =
-      plan.warps <= kMaxWarps && plan.shared_bytes <= shared_limit && (cluster - 1) * plan.warps < plan.unit_tiles;
+  plan.resident = plan.warps <= kMaxWarps && plan.shared_bytes <= shared_limit;
   return plan;
 }
 

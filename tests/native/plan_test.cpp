@@ -13,8 +13,7 @@ constexpr Device kA100{163 << 10, 108, 1}, kH100{227 << 10, 132, 16}, kConsumer{
 void check_resident(const Plan& plan, int gates, bool backward, Precision p, int64_t H, const Device& device) {
   CHECK(plan.shared_bytes <= device.shared_bytes && plan.warps >= 1 && plan.warps <= kMaxWarps);
   CHECK(plan.cluster >= 1 && plan.cluster <= device.cluster && (plan.cluster & (plan.cluster - 1)) == 0);
-  CHECK(plan.cluster * plan.warps * kUnits >= H);                              // every unit has a warp
-  CHECK((plan.cluster - 1) * plan.warps * kUnits < plan.unit_tiles * kUnits);  // every CTA has a unit
+  CHECK(plan.cluster * plan.warps * kUnits >= H);  // every unit has a warp
   CHECK(plan.stride >= plan.unit_tiles * kUnits * (backward ? gates : 1));
   const int64_t row_bytes = plan.stride * element_bytes(p);
   CHECK(row_bytes % 128 == (element_bytes(p) == 2 ? 32 : 64));
