@@ -7,8 +7,6 @@
 #if defined(FASTRNN_WITH_CUDA) || defined(FR_CUDA_ON_CPU)
 #include "bindings.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <array>
 #include <tuple>
 

@@ -84,6 +84,16 @@ def test_forward_and_backward_against_the_definition(cuda, kind, dtype, shape, p
         check(getattr(cuda, op), getattr(reference, op), [named[n] for n in ARGUMENTS[op]], f"{op} {shape}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_registers_and_in_shared_memory(cuda, kind, dtype):
+    """More tiles along k than registers keep, in a cluster of 4 whose last CTA has fewer warps with work."""
+    cuda.want_plan(1, 4)
+    cell, a = forward_case(kind, dtype, time=3, batch=2, inputs=3, hidden=265 if kind.startswith("rnn") else 167)
+    for op, named in ((f"{cell}_forward", a), (f"{cell}_backward", with_gradients(cell, a))):
+        check(getattr(cuda, op), getattr(reference, op), [named[n] for n in ARGUMENTS[op]], op)
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tf32_errs_as_the_float16_of_its_fraction(cuda, kind, plan):
@@ -102,7 +112,7 @@ def test_tf32_errs_as_the_float16_of_its_fraction(cuda, kind, plan):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn-tanh"])
 def test_rows_do_not_depend_on_the_batch_nor_on_the_cluster(cuda, kind, dtype):
-    cell, a = forward_case(kind, dtype, time=4, batch=11, inputs=5, hidden=100, masked=True)
+    cell, a = forward_case(kind, dtype, time=4, batch=11, inputs=5, hidden=52, masked=True)
     gradients = with_gradients(cell, a)
     forward, own = RESULTS[f"{cell}_forward"], (*RESULTS[f"{cell}_forward"], "dh0", "dc0")  # no product of torch's
     cuda.want_plan(1, 1)

@@ -1,10 +1,11 @@
 // A whole sequence in one launch, W_hh resident: the kernels that the three cells share, forward and backward.
 //
 // A Cell is a struct of a cell's equations over its tensors (lstm.cu, gru.cu, rnn.cu):
-//   forward   from x, the input's part of the pre-activations, and q = W_hh h + b_hh, makes h and c, and saves
+//   forward   from x, the input's part of the pre-activations, and q = W_hh h + b_hh, makes h and c
 //   load      reads what backward needs of a step, early
-//   backward  from the gradients that reach h and c makes those of the pre-activations, which it writes and returns for
-//             the product with W_hh, and leaves in dh what reaches the h before this step directly, in dc that of c
+//   backward  from the gradients that reach h and c makes those of the pre-activations, and leaves in dh and dc those
+//             of the h and c before, of h without what goes through W_hh
+//   save      writes what either leaves of a step
 #pragma once
 
 #include "cell_place.cuh"
@@ -93,9 +94,14 @@ template <class M, int gates, int kept, int row_tiles> struct Seat {
     for (int64_t i = threadIdx.x; i < 2 * kRows * row_tiles * plan.stride; i += blockDim.x)
       factors[i] = rounded<E>(0.0f);
   }
-  FR_DEVICE void meet() const {
+  FR_DEVICE void meet() const { arrive(), wait(); }
+  // What goes to and comes from global memory between the two holds up no other CTA.
+  FR_DEVICE void arrive() const {
+    if (plan.cluster > 1) cluster_arrive();
+  }
+  FR_DEVICE void wait() const {
     if (plan.cluster > 1)
-      cluster_sync();
+      cluster_wait();
     else
       __syncthreads();
   }
@@ -127,7 +133,7 @@ template <class M, int gates, int kept, int row_tiles> struct Seat {
 template <class Cell, class M, int row_tiles>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(CellForward a, Plan plan) {
   constexpr int gates = Cell::gates, kept = kept_in<M, gates, row_tiles>;
-  constexpr bool early = row_tiles == 1;
+  constexpr bool early = row_tiles == 1;  // loads for the next step; stores after the others have been given h
   using E = typename M::E;
   FR_DYNAMIC_SHARED(unsigned char, memory);
   const Seat<M, gates, kept, row_tiles> seat(plan, steps_of(a), memory);
@@ -157,6 +163,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
   seat.meet();
   for (int64_t s = 0; s < a.T; ++s) {
     float sum[row_tiles][gates][4];
+    typename Cell::Step step[4];
+    const auto save = [&](const Place& p, float h_next, const typename Cell::Step& made) {
+      put<E>(a.y, p.gate(0, 1), p.there ? h_next : 0.0f);
+      Cell::save(a, p, made);
+    };
     multiply<M, gates>(seat.rows, weights, seat.shown(seat.buffer(s), 0), sum);
     seat.each([&](int n, int i) {
       const Place p = seat.place(s, n, i);
@@ -165,13 +176,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
 #pragma unroll
       for (int gate = 0; gate < gates; ++gate)
         x[gate] = to_float(gx[n][i][gate]), q[gate] = bias[i / 2][gate] + (p.fresh ? 0.0f : sum[n][gate][i]);
-      if (early && s + 1 < a.T) load(s + 1, n, i);
-      Cell::forward(a, p, x, q, h[n][i], c[n][i]);
-      put<E>(a.y, p.row * H + p.unit, p.there ? h[n][i] : 0.0f);
+      step[i] = Cell::forward(a, p, x, q, h[n][i], c[n][i]);
+      if (!early) save(p, h[n][i], step[i]);
       seat.show(seat.buffer(s + 1), n, i, p.unit, h[n][i]);
     });
     seat.hand_out(seat.buffer(s + 1), 1, 0);
-    seat.meet();  // after the last step too: a CTA must not end while another writes into it
+    seat.arrive();
+    if (early)
+      seat.each([&](int n, int i) {
+        save(seat.place(s, n, i), h[n][i], step[i]);
+        if (s + 1 < a.T) load(s + 1, n, i);
+      });
+    seat.wait();  // after the last step too: a CTA must not end while another writes into it
   }
   seat.each([&](int n, int i) {
     put<E>(a.hn, seat.place(0, n, i).state, h[n][i]);
@@ -201,25 +217,31 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_backward_kernel(Ce
   });
   seat.clear();
   float dh[row_tiles][4], dc[row_tiles][4];
-  typename Cell::Saved saved[early ? row_tiles : 1][4];
+  typename Cell::Saved saved[4];
   seat.each([&](int n, int i) {
     const Place p = seat.place(a.T - 1, n, i);
     dh[n][i] = at<E>(a.dhn, p.state), dc[n][i] = Cell::has_c ? at<E>(a.dcn, p.state) : 0.0f;
-    if (early) saved[n][i] = Cell::load(a, p);
+    if (early) saved[i] = Cell::load(a, p);
   });
   seat.meet();
   for (int64_t s = a.T - 1; s >= 0; --s) {
     E* mine = seat.buffer(s);
+    typename Cell::Gradient d[4];
     seat.each([&](int n, int i) {
       const Place p = seat.place(s, n, i);
-      float dp[gates];
-      Cell::backward(a, p, early ? saved[n][i] : Cell::load(a, p), dh[n][i], dc[n][i], dp);
+      d[i] = Cell::backward(a, p, early ? saved[i] : Cell::load(a, p), dh[n][i], dc[n][i]);
+      if (!early) Cell::save(a, p, d[i]);
 #pragma unroll
-      for (int gate = 0; gate < gates; ++gate) seat.show(mine, n, i, gate * apart + p.unit, dp[gate]);
+      for (int gate = 0; gate < gates; ++gate) seat.show(mine, n, i, gate * apart + p.unit, d[i].product[gate]);
     });
     seat.hand_out(mine, gates, apart);
-    seat.meet();
-    if (early && s > 0) seat.each([&](int n, int i) { saved[n][i] = Cell::load(a, seat.place(s - 1, n, i)); });
+    seat.arrive();
+    if (early)
+      seat.each([&](int n, int i) {
+        Cell::save(a, seat.place(s, n, i), d[i]);
+        if (s > 0) saved[i] = Cell::load(a, seat.place(s - 1, n, i));
+      });
+    seat.wait();
     float sum[row_tiles][1][4];
     multiply<M, gates>(seat.rows, weights, seat.shown(mine, apart), sum);
     seat.each([&](int n, int i) {

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * kStepWarps, 1) step_forward_kernel(CellFo
     }
     float h = to_float(state_before<E>(p, a.y, a.h0)), c = 0;
     if constexpr (Cell::has_c) c = s == 0 ? at<E>(a.c0, p.state) : a.c[p.state];
-    Cell::forward(a, p, x, q, h, c);
+    Cell::save(a, p, Cell::forward(a, p, x, q, h, c));
     put<E>(a.y, p.gate(0, 1), p.there ? h : 0.0f);
     if (!p.there && s > 0) return;
     put<E>(a.hn, p.state, h);
@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(32 * kStepWarps, 1) step_backward_kernel(CellB
       return;
     }
     const Place p = steps.place(s, b, unit, length);
-    float dp[gates];
-    Cell::backward(a, p, Cell::load(a, p), dh, dc, dp);
+    Cell::save(a, p, Cell::backward(a, p, Cell::load(a, p), dh, dc));
     a.dh[state] = dh;
     if constexpr (Cell::has_c) a.dc[state] = dc;
   });

@@ -7,14 +7,19 @@ template <class E> struct Gru {
   static constexpr int gates = 3;
   static constexpr bool has_c = false;
 
-  static FR_DEVICE void forward(const CellForward& a, const Place& p, const float (&x)[3], const float (&q)[3],
-                                float& h, float&) {
+  struct Step {
+    float gate[4];  // r z n q
+  };
+  static FR_DEVICE Step forward(const CellForward&, const Place& p, const float (&x)[3], const float (&q)[3], float& h,
+                                float&) {
     const GruStep<float> s = gru_step(x[0] + q[0], x[1] + q[1], x[2], q[2], p.fresh ? 0.0f : h);
     if (p.there) h = as<E>(s.h);
+    return {{s.r, s.z, s.n, q[2]}};
+  }
+  static FR_DEVICE void save(const CellForward& a, const Place& p, const Step& s) {
     if (!a.gates) return;
-    const float saved[4] = {s.r, s.z, s.n, q[2]};
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) put<E>(a.gates, p.gate(gate, 4), p.there ? saved[gate] : 0.0f);
+    for (int n = 0; n < 4; ++n) put<E>(a.gates, p.gate(n, 4), p.there ? s.gate[n] : 0.0f);
   }
 
   struct Saved {
@@ -24,23 +29,26 @@ template <class E> struct Gru {
     Saved s{};
     if (!p.there) return s;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) s.gate[gate] = get<E>(a.gates, p.gate(gate, 4));
+    for (int n = 0; n < 4; ++n) s.gate[n] = get<E>(a.gates, p.gate(n, 4));
     s.h_before = state_before<E>(p, a.y, a.h0), s.dy = get<E>(a.dy, p.gate(0, 1));
     return s;
   }
-  static FR_DEVICE void backward(const CellBackward& a, const Place& p, const Saved& s, float& dh, float&,
-                                 float (&dp)[3]) {
-    GruStepGrad<float> d{};
-    if (p.there) {
-      d = gru_step_grad(dh + to_float(s.dy), to_float(s.gate[0]), to_float(s.gate[1]), to_float(s.gate[2]),
-                        to_float(s.gate[3]), to_float(s.h_before));
-      dh = d.h_prev;
-    }
-    dp[0] = d.pr, dp[1] = d.pz, dp[2] = d.q;
+  struct Gradient {
+    float product[3];  // what W_hh is multiplied with
+    float n;           // of the input's part of n
+  };
+  static FR_DEVICE Gradient backward(const CellBackward&, const Place& p, const Saved& s, float& dh, float&) {
+    if (!p.there) return {};
+    const GruStepGrad<float> d = gru_step_grad(dh + to_float(s.dy), to_float(s.gate[0]), to_float(s.gate[1]),
+                                               to_float(s.gate[2]), to_float(s.gate[3]), to_float(s.h_before));
+    dh = d.h_prev;
+    return {{d.pr, d.pz, d.q}, d.pn};
+  }
+  static FR_DEVICE void save(const CellBackward& a, const Place& p, const Gradient& d) {
 #pragma unroll
-    for (int gate = 0; gate < 3; ++gate) {
-      put<E>(a.dgx, p.gate(gate, 3), gate == 2 ? d.pn : dp[gate]);
-      put<E>(a.dgh, p.gate(gate, 3), dp[gate]);
+    for (int n = 0; n < 3; ++n) {
+      put<E>(a.dgx, p.gate(n, 3), n == 2 ? d.n : d.product[n]);
+      put<E>(a.dgh, p.gate(n, 3), d.product[n]);
     }
   }
 };

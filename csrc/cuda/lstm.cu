@@ -7,15 +7,19 @@ template <class E> struct Lstm {
   static constexpr int gates = 4;
   static constexpr bool has_c = true;
 
-  static FR_DEVICE void forward(const CellForward& a, const Place& p, const float (&x)[4], const float (&q)[4],
-                                float& h, float& c) {
-    const LstmStep<float> s = lstm_step(x[0] + q[0], x[1] + q[1], x[2] + q[2], x[3] + q[3], p.fresh ? 0.0f : c);
+  using Step = LstmStep<float>;
+  static FR_DEVICE Step forward(const CellForward&, const Place& p, const float (&x)[4], const float (&q)[4], float& h,
+                                float& c) {
+    const Step s = lstm_step(x[0] + q[0], x[1] + q[1], x[2] + q[2], x[3] + q[3], p.fresh ? 0.0f : c);
     if (p.there) h = as<E>(s.m), c = s.c;
+    return s;
+  }
+  static FR_DEVICE void save(const CellForward& a, const Place& p, const Step& s) {
     if (!a.gates) return;
-    const float saved[5] = {s.i, s.f, s.g, s.o, s.c};
+    const float gate[4] = {s.i, s.f, s.g, s.o};
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) put<E>(a.gates, p.gate(gate, 4), p.there ? saved[gate] : 0.0f);
-    put<E>(a.cells, p.gate(0, 1), p.there ? saved[4] : 0.0f);
+    for (int n = 0; n < 4; ++n) put<E>(a.gates, p.gate(n, 4), p.there ? gate[n] : 0.0f);
+    put<E>(a.cells, p.gate(0, 1), p.there ? s.c : 0.0f);
   }
 
   struct Saved {
@@ -25,22 +29,25 @@ template <class E> struct Lstm {
     Saved s{};
     if (!p.there) return s;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) s.gate[gate] = get<E>(a.gates, p.gate(gate, 4));
+    for (int n = 0; n < 4; ++n) s.gate[n] = get<E>(a.gates, p.gate(n, 4));
     s.c = get<E>(a.cells, p.gate(0, 1)), s.dy = get<E>(a.dy, p.gate(0, 1));
     s.c_before = state_before<E>(p, a.cells, a.c0);
     return s;
   }
-  static FR_DEVICE void backward(const CellBackward& a, const Place& p, const Saved& s, float& dh, float& dc,
-                                 float (&dp)[4]) {
-    LstmStepGrad<float> d{};
-    if (p.there) {
-      d = lstm_step_grad(dh + to_float(s.dy), dc, to_float(s.gate[0]), to_float(s.gate[1]), to_float(s.gate[2]),
-                         to_float(s.gate[3]), to_float(s.c), to_float(s.c_before));
-      dh = 0, dc = p.fresh ? 0.0f : d.c_prev;
-    }
-    dp[0] = d.pi, dp[1] = d.pf, dp[2] = d.pg, dp[3] = d.po;
+  struct Gradient {
+    float product[4];  // what W_hh is multiplied with
+  };
+  static FR_DEVICE Gradient backward(const CellBackward&, const Place& p, const Saved& s, float& dh, float& dc) {
+    if (!p.there) return {};
+    const LstmStepGrad<float> d =
+        lstm_step_grad(dh + to_float(s.dy), dc, to_float(s.gate[0]), to_float(s.gate[1]), to_float(s.gate[2]),
+                       to_float(s.gate[3]), to_float(s.c), to_float(s.c_before));
+    dh = 0, dc = p.fresh ? 0.0f : d.c_prev;
+    return {{d.pi, d.pf, d.pg, d.po}};
+  }
+  static FR_DEVICE void save(const CellBackward& a, const Place& p, const Gradient& d) {
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) put<E>(a.dgx, p.gate(gate, 4), dp[gate]);
+    for (int n = 0; n < 4; ++n) put<E>(a.dgx, p.gate(n, 4), d.product[n]);
   }
 };
 

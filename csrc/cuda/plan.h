@@ -39,12 +39,12 @@ struct Plan {
 constexpr int64_t element_bytes(Precision p) { return p == Precision::f16 || p == Precision::bf16 ? 2 : 4; }
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-// How many of a warp's tiles of W_hh along k lie in registers: of a thread's 255, half, or what the sums leave of them.
-// A fragment takes a thread 4 registers of 16-bit numbers or 8 of float; sums of float products in full precision take
-// 16 registers a gate, and four tiles of rows leave no room.
+// How many of a warp's tiles of W_hh along k lie in registers: as many as leave room in a thread's 255 for all else, as
+// the compiler tells. A fragment takes a thread 4 registers of 16-bit numbers or 8 of float; sums of float products in
+// full precision take 16 a gate, and four tiles of rows leave no room.
 constexpr int kept_tiles(Precision p, int gates, int row_tiles) {
   if (row_tiles > 1) return 0;
-  const int fragments = p == Precision::f32 ? 4 : p == Precision::tf32 ? 12 : 32;
+  const int fragments = p == Precision::f32 ? 4 : p == Precision::tf32 ? 10 : 28;
   return std::min(fragments / gates, 16);
 }
 
@@ -66,8 +66,7 @@ constexpr Plan cut(int gates, bool backward, Precision p, int64_t H, int64_t B, 
   plan.stride = operand_stride(p, plan.unit_tiles * kUnits * (backward ? gates : 1));
   plan.weight_bytes = plan.warps * in_shared * gates * kUnits * kUnits * element_bytes(p);
   plan.shared_bytes = plan.weight_bytes + 2 * kRows * row_tiles * plan.stride * element_bytes(p);
-  plan.resident =
-      plan.warps <= kMaxWarps && plan.shared_bytes <= shared_limit && (cluster - 1) * plan.warps < plan.unit_tiles;
+  plan.resident = plan.warps <= kMaxWarps && plan.shared_bytes <= shared_limit;
   return plan;
 }
 

@@ -7,11 +7,14 @@ template <class E> struct Rnn {
   static constexpr int gates = 1;
   static constexpr bool has_c = false;
 
-  static FR_DEVICE void forward(const CellForward& a, const Place& p, const float (&x)[1], const float (&q)[1],
+  struct Step {};
+  static FR_DEVICE Step forward(const CellForward& a, const Place& p, const float (&x)[1], const float (&q)[1],
                                 float& h, float&) {
     const float next = rnn_step(x[0] + q[0], a.relu);
     if (p.there) h = as<E>(next);
+    return {};
   }
+  static FR_DEVICE void save(const CellForward&, const Place&, const Step&) {}  // backward needs y alone
 
   struct Saved {
     E y, dy;
@@ -20,11 +23,17 @@ template <class E> struct Rnn {
     if (!p.there) return {};
     return {get<E>(a.y, p.gate(0, 1)), get<E>(a.dy, p.gate(0, 1))};
   }
-  static FR_DEVICE void backward(const CellBackward& a, const Place& p, const Saved& s, float& dh, float&,
-                                 float (&dp)[1]) {
-    dp[0] = 0;
-    if (p.there) dp[0] = rnn_step_grad(dh + to_float(s.dy), to_float(s.y), a.relu), dh = 0;
-    put<E>(a.dgx, p.gate(0, 1), dp[0]);
+  struct Gradient {
+    float product[1];  // what W_hh is multiplied with
+  };
+  static FR_DEVICE Gradient backward(const CellBackward& a, const Place& p, const Saved& s, float& dh, float&) {
+    if (!p.there) return {};
+    const float d = rnn_step_grad(dh + to_float(s.dy), to_float(s.y), a.relu);
+    dh = 0;
+    return {{d}};
+  }
+  static FR_DEVICE void save(const CellBackward& a, const Place& p, const Gradient& d) {
+    put<E>(a.dgx, p.gate(0, 1), d.product[0]);
   }
 };
 
