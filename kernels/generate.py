@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from . import gru, lstm, rnn, tuning
 from .head import head_draw
-from .launch import GATES, Variant, precision, run
+from .launch import Variant, precision, run
 from .launch import _variant as cell_variant
 from .sample import on_device, sample
 
@@ -362,7 +362,8 @@ def _feedback_variant(dtype: torch.dtype, hidden: int, absent: tuple[str, ...]) 
     signature = {name: types[name] for name in feedback_kernel.arg_names if name not in fixed}
     words = [_TYPES[dtype], str(hidden), *["admit"] * ("p_token" in absent), *["seen"] * ("p_seen" not in absent)]
     aligned = tuple(name for name in signature if name.startswith("p_"))
-    return Variant(f"generate/feedback/{'/'.join(words)}", feedback_kernel, signature, fixed, FEEDBACK_WARPS, 3, aligned)
+    name = f"generate/feedback/{'/'.join(words)}"
+    return Variant(name, feedback_kernel, signature, fixed, FEEDBACK_WARPS, 3, aligned)
 
 
 def _step_variant(cell: str, kernel, dtype: torch.dtype, hidden: int, products: bool) -> Variant:
@@ -378,7 +379,8 @@ def _step_variant(cell: str, kernel, dtype: torch.dtype, hidden: int, products: 
     signature |= {"p_lengths": "*i64"} | ({"p_x": "*fp32"} if products else {})
     signature = {name: signature[name] for name in kernel.arg_names if name not in fixed}
     name = f"generate/{cell}_step/{_TYPES[dtype]}/{hidden}/{'products' if products else 'inputs'}"
-    return bare._replace(name=name, signature=signature, constexprs=fixed, aligned=(*bare.aligned, "p_ids", "p_lengths"))
+    aligned = (*bare.aligned, "p_ids", "p_lengths")
+    return bare._replace(name=name, signature=signature, constexprs=fixed, aligned=aligned)
 
 
 def variants() -> list[Variant]:

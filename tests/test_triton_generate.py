@@ -59,8 +59,12 @@ def requests(count: int, vocab: int = 11, **options) -> list[Request]:
         Request(
             torch.randint(vocab, (1 + i % 3,), generator=chance),
             **{
-                "max_new_tokens": 1 + 3 * i % 7, "sampling": SAMPLING[i % 2], "seed": 2**63 + i % 3, "sequence": i << 32,
-                "logprobs": True, **options,
+                "max_new_tokens": 1 + 3 * i % 7,
+                "sampling": SAMPLING[i % 2],
+                "seed": 2**63 + i % 3,
+                "sequence": i << 32,
+                "logprobs": True,
+                **options,
             },
         )
         for i in range(count)
