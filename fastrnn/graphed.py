@@ -56,8 +56,9 @@ class DeviceNetwork:
             every = torch.arange(config.vocab_size, device=head.weight.device)
             inputs = None if config.input == "onehot" else network.inputs(every).detach()
             weights = [weight.detach() for weight in network.weights()]
+            bias = None if head.bias is None else head.bias.detach()
             self.weights = _kernels().Weights.of(
-                config.cell, inputs, weights, network.rnn.bias, head.weight.detach(), head.bias.detach()
+                config.cell, inputs, weights, network.rnn.bias, head.weight.detach(), bias
             )
 
     def read(self, prompt: Tensor, state: SequenceState | None, window: int | None) -> tuple[State, Tensor, Tensor]:
@@ -217,13 +218,13 @@ class GraphedEngine:
 
     def _collect(self, tokens: int, logprobs: bool) -> tuple[np.ndarray, np.ndarray]:
         """Give every request its new tokens; (items, tokens) of all, in the order in which they were drawn."""
-        items, values = self.loop.events[:, :tokens].cpu().numpy().reshape(2, -1)
+        items, values = self.loop.events[:, :tokens, : self.rows].cpu().numpy().reshape(2, -1)
         taken = min(int(self.loop.taken[0]) - self.first, self.waiting)
         self.first, self.waiting = (self.first + taken) % self.loop.capacity, self.waiting - taken
         self.wanted = min(self.loop.capacity, max(2 * self.rows, 2 * taken))
         places = np.flatnonzero(items >= 0)
         items, values = items[places], values[places]
-        logs = self.loop.logprobs[:tokens].cpu().numpy().reshape(-1)[places] if logprobs else None
+        logs = self.loop.logprobs[:tokens, : self.rows].cpu().numpy().reshape(-1)[places] if logprobs else None
         order = np.argsort(items, kind="stable")
         starts = np.flatnonzero(np.diff(items[order], prepend=-1))
         ended = []
@@ -233,7 +234,7 @@ class GraphedEngine:
             if row is None:  # stopped while it waited
                 self.released.append(index)
             elif self._extend(row, values[part], None if logs is None else logs[part]):
-                ended.append((int(places[part[-1]]) // self.loop.rows, index))
+                ended.append((int(places[part[-1]]) // self.rows, index))
         for _, index in sorted(ended):
             self._finish(index)
         return items, values

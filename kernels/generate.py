@@ -287,7 +287,7 @@ class Loop:
             x, ids = self.y[i], None
 
     def _draw(self, h: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(token, status, logprob) of every row.
+        """(token, status, logprob) of every row that may have work.
 
         Logits come from the same launch whatever else is asked for, so that the draw of a row is the same, too.
         """
@@ -299,23 +299,29 @@ class Loop:
             return found.token, found.status, found.logprob if kind.logprobs else None
         logits = torch.empty(self.rows, self.vocabulary, dtype=torch.float32, device=self.device)
         head_draw(h, head, bias, scale, *place, logits=logits, recompute=False)
-        given, penalty, inverse = logits, self.column("penalty").unsqueeze(1), self.column("inverse").unsqueeze(1)
+        return self._draw_from(logits[: self.used], kind)
+
+    def _draw_from(self, given: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_draw` from logits, with penalties, filters and votes."""
+        used = {name: self.column(name)[: self.used] for name in (*COLUMNS, *REALS)}
+        logits, penalty = given, used["penalty"]
         if kind.penalty:
-            factor = torch.where(logits > 0, inverse, penalty)
-            logits = torch.where(self.seen != 0, logits * factor, logits)
+            factor = torch.where(given > 0, used["inverse"].unsqueeze(1), penalty.unsqueeze(1))
+            logits = torch.where(self.seen[: self.used] != 0, given * factor, given)
+        columns = [used[name] for name in ("scale", "top_k", "top_p", "min_p")]
+        place = [used[name] for name in ("seed", "sequence", "step")]
         token = status = logprob = None
-        filters = [self.column(name) for name in ("top_k", "top_p", "min_p")]
         for mode in kind.modes:
-            found = sample(logits, scale, *filters, None, *place, mode, kind.logprobs)
+            found = sample(logits, *columns, None, *place, mode, kind.logprobs)
             if token is None:
                 token, status, logprob = found.token, found.status, found.logprob
-            else:
-                mine = self.column("mode_of") == mode
-                token, status = torch.where(mine, found.token, token), torch.where(mine, found.status, status)
-                logprob = torch.where(mine, found.logprob, logprob) if kind.logprobs else logprob
+                continue
+            mine = used["mode_of"] == mode
+            token, status = torch.where(mine, found.token, token), torch.where(mine, found.status, status)
+            logprob = torch.where(mine, found.logprob, logprob) if kind.logprobs else logprob
         if kind.penalty and kind.logprobs:
             own = given.log_softmax(1).gather(1, token.unsqueeze(1)).squeeze(1)
-            logprob = torch.where(penalty.squeeze(1) == 1, logprob, own)
+            logprob = torch.where(penalty == 1, logprob, own)
         return token, status, logprob if kind.logprobs else None
 
     def _feed_back(self, k: int, state: Tensor, drawn: tuple | None, logprobs: bool) -> None:
