@@ -123,6 +123,14 @@ template <class M, int gates, int kept, int row_tiles> struct Seat {
   }
 };
 
+// What a step leaves in memory.
+template <class Cell, class E>
+__device__ __forceinline__ void keep_step(const CellForward& a, const Place& p, float h,
+                                          const typename Cell::Step& step) {
+  put<E>(a.y, p.gate(0, 1), p.there ? h : 0.0f);
+  Cell::save(a, p, step);
+}
+
 // Forward.
 // Owns:   all results of a slice of the batch (8 rows, or 32) and of the CTA's units.
 // Keeps:  W_hh of its units, in registers and shared memory; h of all units, twice, in shared memory; c in registers.
@@ -164,10 +172,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
   for (int64_t s = 0; s < a.T; ++s) {
     float sum[row_tiles][gates][4];
     typename Cell::Step step[4];
-    const auto save = [&](const Place& p, float h_next, const typename Cell::Step& made) {
-      put<E>(a.y, p.gate(0, 1), p.there ? h_next : 0.0f);
-      Cell::save(a, p, made);
-    };
     multiply<M, gates>(seat.rows, weights, seat.shown(seat.buffer(s), 0), sum);
     seat.each([&](int n, int i) {
       const Place p = seat.place(s, n, i);
@@ -177,14 +181,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sequence_forward_kernel(Cel
       for (int gate = 0; gate < gates; ++gate)
         x[gate] = to_float(gx[n][i][gate]), q[gate] = bias[i / 2][gate] + (p.fresh ? 0.0f : sum[n][gate][i]);
       step[i] = Cell::forward(a, p, x, q, h[n][i], c[n][i]);
-      if (!early) save(p, h[n][i], step[i]);
+      if (!early) keep_step<Cell, E>(a, p, h[n][i], step[i]);
       seat.show(seat.buffer(s + 1), n, i, p.unit, h[n][i]);
     });
     seat.hand_out(seat.buffer(s + 1), 1, 0);
     seat.arrive();
     if (early)
       seat.each([&](int n, int i) {
-        save(seat.place(s, n, i), h[n][i], step[i]);
+        keep_step<Cell, E>(a, seat.place(s, n, i), h[n][i], step[i]);
         if (s + 1 < a.T) load(s + 1, n, i);
       });
     seat.wait();  // after the last step too: a CTA must not end while another writes into it
