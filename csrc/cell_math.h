@@ -42,8 +42,8 @@ template <class R> FR_HD R if_less(R a, R b, R yes, R no) { return a < b ? yes :
 // x brought to low or to high; NaN stays NaN
 template <class R> FR_HD R at_least(R low, R x) { return x < low ? low : x; }
 template <class R> FR_HD R at_most(R high, R x) { return high < x ? high : x; }
-// 1 / x within 1 ulp for x from 1 to the greatest number; NaN for NaN
-template <class R> FR_HD R reciprocal(R x) { return R(1) / x; }
+// a / b for b from 1 to the greatest number; vectors may round twice
+template <class R> FR_HD R quotient(R a, R b) { return a / b; }
 // The number whose exponent field is the lowest mantissa bits of `shifted` (see expm1_parts)
 FR_HD float exponent_of_low_bits(float shifted) {
   uint32_t u;
@@ -115,7 +115,7 @@ template <class R> FR_HD Expm1Parts<R> expm1_parts(R x) {
 template <class R> FR_HD R sigmoid(R x) {
   using C = ExpConstants<typename ScalarOf<R>::type>;
   const Expm1Parts<R> e = expm1_parts(at_most(R(C::exp_most), at_least(R(C::exp_least), R(0) - x)));
-  return reciprocal(fma(e.scale, R(1) + e.q, R(1)));
+  return quotient(R(1), fma(e.scale, R(1) + e.q, R(1)));
 }
 
 // (1 - e^-2|x|) / (1 + e^-2|x|) with x's sign, through e^u - 1 so that it is within 4 ulp near 0 as well; NaN for NaN.
@@ -123,7 +123,7 @@ template <class R> FR_HD R tanh(R x) {
   using C = ExpConstants<typename ScalarOf<R>::type>;
   const Expm1Parts<R> e = expm1_parts(at_least(R(C::expm1_least), R(-2) * abs(x)));
   const R em1 = fma(e.scale, e.q, e.scale - R(1));
-  return copysign(em1, x) * reciprocal(em1 + R(2));
+  return quotient(copysign(em1, x), em1 + R(2));
 }
 
 // max(x, 0), NaN for NaN
