@@ -60,9 +60,10 @@ template <class Cell, class M> const char* forward_in(const CellForward& call) {
   const auto one = sequence_forward_kernel<Cell, M, 1>, four = sequence_forward_kernel<Cell, M, 4>;
   const Plan plan = plan_for(Cell::gates, false, call, one, four);
   if (plan.resident) return run_resident(plan.row_tiles == 1 ? one : four, call, plan);
-  const auto kernel = plan.row_tiles == 1 ? step_forward_kernel<Cell, M, 1> : step_forward_kernel<Cell, M, 4>;
+  constexpr int tiles = step_tiles(M::precision);
+  const auto kernel = plan.row_tiles == 1 ? step_forward_kernel<Cell, M, 1> : step_forward_kernel<Cell, M, tiles>;
   const auto bytes = static_cast<size_t>(plan.row_tiles == 1 ? Bench<M, 1>::shared_bytes(Cell::gates)
-                                                             : Bench<M, 4>::shared_bytes(Cell::gates));
+                                                             : Bench<M, tiles>::shared_bytes(Cell::gates));
   const char* error = nullptr;
   for (int64_t s = 0; s < call.T && !error; ++s)
     error = told(FR_LAUNCH(kernel, grid_of(plan.slices * plan.unit_tiles), grid_of(32 * kStepWarps), bytes,
@@ -74,9 +75,10 @@ template <class Cell, class M> const char* backward_in(const CellBackward& call)
   const auto one = sequence_backward_kernel<Cell, M, 1>, four = sequence_backward_kernel<Cell, M, 4>;
   const Plan plan = plan_for(Cell::gates, true, call, one, four);
   if (plan.resident) return run_resident(plan.row_tiles == 1 ? one : four, call, plan);
-  const auto kernel = plan.row_tiles == 1 ? step_backward_kernel<Cell, M, 1> : step_backward_kernel<Cell, M, 4>;
+  constexpr int tiles = step_tiles(M::precision);
+  const auto kernel = plan.row_tiles == 1 ? step_backward_kernel<Cell, M, 1> : step_backward_kernel<Cell, M, tiles>;
   const auto bytes =
-      static_cast<size_t>(plan.row_tiles == 1 ? Bench<M, 1>::shared_bytes(1) : Bench<M, 4>::shared_bytes(1));
+      static_cast<size_t>(plan.row_tiles == 1 ? Bench<M, 1>::shared_bytes(1) : Bench<M, tiles>::shared_bytes(1));
   const char* error = nullptr;
   for (int64_t s = call.T - 1; s >= -1 && !error; --s)
     error = told(FR_LAUNCH(kernel, grid_of(plan.slices * plan.unit_tiles), grid_of(32 * kStepWarps), bytes,

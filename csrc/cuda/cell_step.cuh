@@ -86,25 +86,28 @@ __global__ void __launch_bounds__(32 * kStepWarps, 1) step_forward_kernel(CellFo
   const Steps steps = steps_of(a);
   const int64_t H = a.H;
   float from_x[gates][4], from_h[gates][4];
-  if (!a.gx) {
+  // The input's product where there is no gx, then that of h; one piece of code for both, which is a long one.
+#pragma unroll 1
+  for (int product = a.gx ? 1 : 0; product < 2; ++product) {
+    const bool of_h = product == 1;
+    const E* w = static_cast<const E*>(of_h ? a.w_hh : a.w_ih);
+    const int64_t columns = of_h ? H : a.I;
     bench.template product<gates>(
-        a.I, false,
-        [&](int gate, int64_t k) {
-          return weights_of<M>(static_cast<const E*>(a.w_ih) + gate * H * a.I, H, a.I, bench.unit0, k);
+        columns, false,
+        [&](int gate, int64_t k) { return weights_of<M>(w + gate * H * columns, H, columns, bench.unit0, k); },
+        [&](int64_t b) -> const E* {
+          if (!of_h) return static_cast<const E*>(a.x) + b * columns;
+          const Place p = steps.place(s, b, 0, steps.length(b));
+          if (p.fresh || !p.there) return nullptr;
+          return p.before < 0 ? static_cast<const E*>(a.h0) + b * H : static_cast<const E*>(a.y) + p.before * H;
         },
-        [&](int64_t b) { return static_cast<const E*>(a.x) + b * a.I; }, from_x);
+        from_h);
+    if (of_h) break;
+#pragma unroll
+    for (int gate = 0; gate < gates; ++gate)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) from_x[gate][i] = from_h[gate][i];
   }
-  bench.template product<gates>(
-      H, false,
-      [&](int gate, int64_t k) {
-        return weights_of<M>(static_cast<const E*>(a.w_hh) + gate * H * H, H, H, bench.unit0, k);
-      },
-      [&](int64_t b) -> const E* {
-        const Place p = steps.place(s, b, 0, steps.length(b));
-        if (p.fresh || !p.there) return nullptr;
-        return p.before < 0 ? static_cast<const E*>(a.h0) + b * H : static_cast<const E*>(a.y) + p.before * H;
-      },
-      from_h);
   bench.each(H, [&](int64_t b, int64_t unit, int i) {
     const Place p = steps.place(s, b, unit, steps.length(b));
     float x[gates], q[gates];

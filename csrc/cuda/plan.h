@@ -48,6 +48,10 @@ constexpr int kept_tiles(Precision p, int gates, int row_tiles) {
   return std::min(fragments / gates, 16);
 }
 
+// The row tiles of a launch a step where the batch fills them. Float reads its weights anew for every tile, and so has
+// nothing to gain from more than one.
+constexpr int step_tiles(Precision p) { return p == Precision::f32 ? 1 : 4; }
+
 // A row is padded so that the threads of one load meet different banks: rows 32 bytes (16-bit) or 64 bytes (float)
 // apart from a multiple of 128.
 constexpr int64_t operand_stride(Precision p, int64_t columns) {
@@ -98,7 +102,9 @@ constexpr Plan sequence_plan(int gates, bool backward, Precision p, int64_t H, i
     }
   }
   if (best.resident) return best;
-  best.row_tiles = device.wanted_row_tiles > 0 ? device.wanted_row_tiles : B <= 2 * kRows ? 1 : 4;
+  best.row_tiles = std::min<int64_t>(step_tiles(p), device.wanted_row_tiles > 0 ? device.wanted_row_tiles
+                                                    : B <= 2 * kRows            ? 1
+                                                                                : 4);
   best.cluster = 1, best.warps = kMaxWarps;
   best.unit_tiles = ceil_div(H, kUnits), best.slices = ceil_div(B, kRows * best.row_tiles);
   return best;

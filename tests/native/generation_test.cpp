@@ -238,19 +238,21 @@ void test_large(Precision precision) {
 }
 
 // Vocabularies whose logits are not kept: rows that are drawn from together, as one row whose logits are.
-void test_tiles(Precision precision) {
-  for (const int64_t V : {2048, 2305, 2431}) {
+void test_tiles(Precision precision, bool one_shape) {
+  for (const int64_t V : {2305, 2048, 2431}) {
     at() = std::string(fr::cpu_isa()) + " V=" + std::to_string(V) + " " + kPrecisions[static_cast<int>(precision)];
     const Net net = Model(Cell::lstm, 1, 130, V, 4, 2).pack(precision);
     CHECK(net->weight_bytes >= 1 << 18 && !net->head_tiles.empty());
-    Requests rows = many_requests(75, net->V, 0);
+    Requests rows = many_requests(37, net->V, 0);
     for (auto& q : rows) {
+      q.max_new_tokens = 1 + q.index % 3;
       q.scale = 0.5f + static_cast<float>(q.index % 5), q.min_p = INFINITY, q.top_k = q.top_p = 0, q.mode_of = 1;
       q.penalty = q.inverse_penalty = 1.0f, q.logprobs = false;
     }
     const Results alone = run(net, rows, false, {1, 1, 10'000'000, 0, 0, false});
-    for (const int64_t together : {5, 33, 75})
+    for (const int64_t together : {5, 37})
       check_same(alone, run(net, rows, false, {together, 2, 10'000'000, 0, 0, false}));
+    if (one_shape) return;
   }
 }
 
@@ -283,7 +285,7 @@ int main(int count, char** names) {
       for (const Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu})
         test_kind(cell, precision, one_shape);
       test_large(precision);
-      test_tiles(precision);
+      test_tiles(precision, one_shape);
       if (large && precision != Precision::float32) test_without_table(precision);
     }
     ran = true;
