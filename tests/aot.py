@@ -77,7 +77,8 @@ def compile_variant(variant, arch: int, exact: bool) -> Report:
         fn=fn, signature=types, constexprs=constants,
         attrs={(places[name],): [["tt.divisibility", 16]] for name in variant.aligned if name not in constants},
     )  # fmt: skip
-    options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages, enable_fp_fusion=not exact)
+    options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages, maxnreg=variant.maxnreg)
+    options["enable_fp_fusion"] = not exact
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
