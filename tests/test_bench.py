@@ -29,9 +29,13 @@ def run(script: str, *arguments: str) -> str:
     # Interpreted Triton kernels are no rival: their draws take minutes.
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", f"bench.{script}", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+        [sys.executable, "-m", f"bench.{script}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
