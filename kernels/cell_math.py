@@ -71,12 +71,21 @@ def load_shared(p_a, at, o_k, m_b, K):
 
 
 @triton.jit
+def counted(size):
+    """`size`, as a number that the compiler does not know: grids have at most two dimensions, so the third counts 1.
+
+    A loop of known length is unrolled as a whole, and its operands are read ahead until no register is left.
+    """
+    return size * tl.num_programs(2)
+
+
+@triton.jit
 def add_product(
     acc, p_a, at, m_b, K, p_w, o_n, N, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + A W: row b of A is the K numbers from ``p_a + at[b]``, W[k, n] stands at k * STRIDE_K + n * STRIDE_N."""
-    for k in range(0, K, BK):
+    for k in range(0, counted(K), BK):
         o_k = k + tl.arange(0, BK)
         a = load_shared(p_a, at, o_k, m_b, K)
         acc = tl.dot(a, load_weight(p_w, o_k, o_n, K, N, STRIDE_K, STRIDE_N), acc, input_precision=PRECISION)

@@ -16,6 +16,7 @@ from . import tuning
 from .cell_math import (
     add_back,
     copy_tiles,
+    counted,
     finish_state,
     first_row,
     input_rows,
@@ -95,7 +96,7 @@ def add_products(
     a_r, a_z, a_n, p_a, at, m_b, K, p_w, o_n, H: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):
     """`cell_math.add_product` with the weights of three gates, for one pass over A."""
-    for k in range(0, K, BK):
+    for k in range(0, counted(K), BK):
         o_k = k + tl.arange(0, BK)
         a = load_shared(p_a, at, o_k, m_b, K)
         a_r = tl.dot(a, load_weight(p_w, o_k, o_n, K, H, 1, K), a_r, input_precision=PRECISION)

@@ -21,8 +21,9 @@ RESIDENT_BYTES = 128 * 1024
 class Plan(NamedTuple):
     """A grid, its block sizes as the kernels' constants, and warps and stages.
 
-    ``maxnreg`` tells the assembler how many registers a thread may have; None leaves it to guess how many programs
-    should share a multiprocessor, for whose sake it may spill.
+    ``maxnreg`` is how many registers a thread may have: by default all that an instruction can name. Without a limit
+    the assembler guesses how many programs should share a multiprocessor, and spills for their sake, though a sequence
+    has no use for a second one.
     """
 
     resident: bool
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     programs: int = 1
-    maxnreg: int | None = None
+    maxnreg: int = 255
 
     def turns(self, like: Tensor) -> Tensor:
         """The counters at which groups meet, one a group; zero bytes of them where a group is one program."""
@@ -59,16 +60,16 @@ def sequence(
     size = resident_bytes(cell, hidden, dtype)
     if size <= RESIDENT_BYTES and not projection:
         warps = 4 if size <= RESIDENT_BYTES // 4 else 8
-        return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1, maxnreg=224)
+        registers = 255 if way == "forward" else 224  # with more, gru's backward of float32 reads ahead until it spills
+        return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1, maxnreg=registers)
     rows = _rows(batch, sms)
-    units, depth = (32 if cell == "rnn" else 16), (32 if dtype == torch.float32 else 64)
+    units, (depth, stages) = (32 if cell == "rnn" else 16), _pipeline(cell if way == "forward" else "", dtype)
     groups, tiles = cdiv(batch, rows), cdiv(hidden, units)
     room = max(1, sms // max(groups, 1))
     programs = min(tiles, 1 << (room.bit_length() - 1))  # powers of two, so that few batch sizes compile anew
     programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each
     blocks = dict(BB=rows, BN=units, BK=depth, PROGRAMS=programs)
     warps = 8 if rows > (16 if way == "forward" else 32) else 4
-    stages = 2 if projection and dtype == torch.float32 else 3  # two pipelines of three products each: registers
     return Plan(False, (programs, groups), blocks, warps, stages, programs)
 
 
@@ -93,11 +94,22 @@ def _rows(batch: int, sms: int) -> int:
     return 16 if batch <= 16 * sms else 32 if batch <= 32 * sms else 64
 
 
+def _pipeline(products: str, dtype: torch.dtype) -> tuple[int, int]:
+    """How many terms of a sum are added at once, 128 bytes of a row of a weight, and in how many stages they come.
+
+    The four products of an LSTM in float32 take three products of TF32 each, whose operands of 128 bytes do not fit
+    into a thread's registers; they take half of that, with as many bytes on their way.
+    """
+    if dtype != torch.float32:
+        return 64, 3
+    return (16, 5) if products == "lstm" else (32, 3)
+
+
 def step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
     """The plan of a single step: sums over the inputs and the state in blocks, one program a tile of units and rows."""
     rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
-    units, depth = 32 if cell == "rnn" else 16, 32 if dtype == torch.float32 else 64
-    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3)
+    units, (depth, stages) = 32 if cell == "rnn" else 16, _pipeline(cell, dtype)
+    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, stages)
 
 
 def token_step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
