@@ -7,7 +7,7 @@ returns None or the sentence saying why this backend does not take it. An explic
 
 Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of
 layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer; and
-``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu``
+``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu`` and ``cuda``
 (`fastrnn.native`).
 """
 
@@ -50,7 +50,10 @@ class Call(NamedTuple):
     needs_grad: bool = False
     training: bool = False
     dropout: bool = False
-    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights
+    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights; so the next three
+    cell: str = ""
+    vocabulary: int = 0
+    windowed: bool = False
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
@@ -138,21 +141,55 @@ def _refuse_cpu(call: Call) -> str | None:
     return None
 
 
-def _load_cpu(op: str) -> Callable:
+def _load_extension(library: str, op: str) -> Callable:
     importlib.import_module("fastrnn._C")
-    return getattr(torch.ops.fastrnn_cpu, op).default
+    return getattr(getattr(torch.ops, library), op).default
+
+
+CUDA_OPS = ("sample", "generate")
+_OWN_SHARED_BYTES = 1024  # of a block's shared memory, which its kernel and CUDA keep beside the network
+
+
+def _refuse_cuda(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"the CUDA kernels run on a GPU's tensors, these are on {call.device}"
+    if missing := cuda_missing():
+        return missing
+    if call.op not in CUDA_OPS:
+        return f"there are CUDA kernels for {' and '.join(CUDA_OPS)}, none for {call.op}"
+    return _refuse_cuda_loop(call) if call.op == "generate" else None
+
+
+def _refuse_cuda_loop(call: Call) -> str | None:
+    """Why the loop on the GPU, which keeps a network in one multiprocessor, does not take a call."""
+    if call.dtype != torch.float32:
+        return f"the loop on the GPU packs float32 networks, this one is {str(call.dtype).removeprefix('torch.')}"
+    if call.precision == "int8":
+        return "the loop on the GPU has float32 and bfloat16 weights, not int8"
+    if call.windowed:
+        return "the loop on the GPU carries its state from token to token; this network runs a window of ids for each"
+    shared = torch.cuda.get_device_properties().shared_memory_per_block_optin - _OWN_SHARED_BYTES
+    sizes = call.layers, call.hidden, call.vocabulary
+    if needed := function("cuda", "generator_refusal")(call.cell, call.precision, *sizes, shared):
+        return f"the network needs {needed} bytes of the {shared} that one multiprocessor of this GPU has"
+    return None
 
 
 TABLE: dict[str, Backend] = {
     "reference": Backend(_refuse_reference, _load_reference),
     "aten": Backend(_refuse_aten, _load_aten),
-    "cpu": Backend(_refuse_cpu, _load_cpu),
+    "cpu": Backend(_refuse_cpu, functools.partial(_load_extension, "fastrnn_cpu")),
+    "cuda": Backend(_refuse_cuda, functools.partial(_load_extension, "fastrnn_cuda")),
 }
 
 
 def preference(call: Call) -> tuple[tuple[str, str], ...]:
     """The backends in the order in which an automatic choice asks them, each with the reason for its place."""
     last = ("reference", "it takes every call")
+    if call.device == "cuda" and call.op == "sample":
+        return ("cuda", "one CUDA kernel reads the logits and draws"), last
+    if call.device == "cuda" and call.op == "generate":
+        return ("cuda", "the whole loop runs on the GPU"), ("reference", "the loop in Python takes every network")
     if call.op == "generate":
         return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
     if call.op not in CELLS:
@@ -200,7 +237,7 @@ _record: contextvars.ContextVar[list | None] = contextvars.ContextVar("fastrnn_r
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Within this context every op runs on backend ``name`` ("reference", "aten", "cpu") or raises why it cannot.
+    """Within this context every op runs on backend ``name`` ("reference", "aten", "cpu", "cuda") or raises why it cannot.
 
     None restores the automatic choice, also inside a context or under ``FASTRNN_BACKEND``.
 
@@ -302,9 +339,23 @@ def extension_missing() -> str | None:
     return None
 
 
+@functools.cache
+def cuda_missing() -> str | None:
+    """None when the CUDA kernels can run, otherwise the sentence that says why not and what to do."""
+    if missing := extension_missing():
+        return missing
+    if not hasattr(torch.ops.fastrnn_cuda, "sample"):
+        return (
+            "the extension is built without CUDA; with nvcc, "
+            "`FASTRNN_CUDA=1 pip install --no-build-isolation -e .` in the source tree builds it"
+        )
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
 def available() -> dict[str, str | None]:
     """Each backend's name with None when it can run on this machine, or the sentence that says why not."""
-    return {name: extension_missing() if name == "cpu" else None for name in TABLE}
+    missing = {"cpu": extension_missing, "cuda": cuda_missing}
+    return {name: missing[name]() if name in missing else None for name in TABLE}
 
 
 # --- explaining -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def precision_of(dtype: torch.dtype | None, quantize: str | None) -> str:
 
 
 def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> Runner:
-    """The network's weights as they are now, ready to run: packed for the loop in C++, or for the loop in Python.
+    """The network's weights as they are now, ready to run: packed for the loop in C++ or on a GPU, or for that in Python.
 
     dtype=torch.bfloat16 rounds the weights and quantize="int8" gives them 8 bits and a scale per row, with float32
     sums and state; None keeps the network's own numbers. `BackendRefusal` where no backend runs that.
@@ -46,9 +46,11 @@ def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize:
     precision, weight = precision_of(dtype, quantize), network.head.weight
     call = backends.Call(
         "generate", weight.device.type, weight.dtype, 1, 1, network.config.input_size, network.config.hidden_size,
-        network.config.num_layers, precision=precision,
+        network.config.num_layers, precision=precision, cell=network.config.cell,
+        vocabulary=network.config.vocab_size, windowed=network.config.state == "window",
     )  # fmt: skip
-    return PackedNetwork(network, precision) if backends.choose(call).backend == "cpu" else Inference(network)
+    backend = backends.choose(call).backend
+    return PackedNetwork(network, precision, backend) if backend in ("cpu", "cuda") else Inference(network)
 
 
 def make_engine(
