@@ -237,7 +237,7 @@ _record: contextvars.ContextVar[list | None] = contextvars.ContextVar("fastrnn_r
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Within this context every op runs on backend ``name`` ("reference", "aten", "cpu", "cuda") or raises why it cannot.
+    """Within this context every op runs on backend ``name``, one of `TABLE`, or raises why it cannot.
 
     None restores the automatic choice, also inside a context or under ``FASTRNN_BACKEND``.
 

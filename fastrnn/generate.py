@@ -38,7 +38,7 @@ def precision_of(dtype: torch.dtype | None, quantize: str | None) -> str:
 
 
 def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> Runner:
-    """The network's weights as they are now, ready to run: packed for the loop in C++ or on a GPU, or for that in Python.
+    """The network's weights as they are now, ready to run: packed for the loop in C++ or on a GPU, or for Python.
 
     dtype=torch.bfloat16 rounds the weights and quantize="int8" gives them 8 bits and a scale per row, with float32
     sums and state; None keeps the network's own numbers. `BackendRefusal` where no backend runs that.

@@ -4,9 +4,9 @@ reference. tests/native/sanitize_cuda runs the same kernels on a CPU.
 
 import pytest
 import torch
+from draws import assert_same, draw, random_columns
 
 import oracle
-from draws import assert_same, draw, random_columns
 from fastrnn import backends
 from fastrnn.generate import generate, make_runner, prefill
 from fastrnn.native import PackedNetwork
@@ -41,7 +41,8 @@ def run(network: Network, asked: list[Request], **options) -> list[Completion]:
 
 @pytest.mark.parametrize("op", ["sample", "generate"])
 def test_tensors_on_the_cpu_are_refused(op: str) -> None:
-    assert "run on a GPU's tensors, these are on cpu" in backends.TABLE["cuda"].refuse(CALL._replace(op=op, device="cpu"))
+    refusal = backends.TABLE["cuda"].refuse(CALL._replace(op=op, device="cpu"))
+    assert "run on a GPU's tensors, these are on cpu" in refusal
 
 
 def test_a_machine_that_lacks_something_says_what() -> None:
@@ -123,7 +124,8 @@ def test_a_prefix_that_was_read_once_gives_the_same_tokens() -> None:
     prefix = torch.arange(40) % 13
     with backends.backend("cuda"):
         runner = make_runner(network)
-        assert isinstance(runner, PackedNetwork) and runner.backend == "cuda"
+        assert isinstance(runner, PackedNetwork)
+        assert runner.backend == "cuda"
         state = prefill(network, prefix, runner=runner)
     from_state = run(network, requests(9, state=state))
     whole = [Request(torch.cat([prefix, torch.as_tensor(r.prompt)]), r.max_new_tokens, r.sampling, sequence=r.sequence,

@@ -275,19 +275,50 @@ __device__ void move_rows(const GenerateCall& c, const Chip& chip, const SharedL
   }
 }
 
+// One step of a layer; the cell and the precision are the same for all threads.
+template <int Tile>
+__device__ __forceinline__ void run_layer(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int64_t layer,
+                                          int parity) {
+  const int64_t units = units_of(c.net);
+  for (int64_t i = threadIdx.x; i < units * (c.plan.block_rows / Tile); i += blockDim.x) {
+    const int64_t u = i % units, first = i / units * Tile;
+    const bool floats = c.net.per_word == 1;
+    if (c.cell == CellKind::lstm)
+      floats ? layer_item<CellKind::lstm, 1, Tile>(c, chip, s, layer, parity, u, first)
+             : layer_item<CellKind::lstm, 2, Tile>(c, chip, s, layer, parity, u, first);
+    else if (c.cell == CellKind::gru)
+      floats ? layer_item<CellKind::gru, 1, Tile>(c, chip, s, layer, parity, u, first)
+             : layer_item<CellKind::gru, 2, Tile>(c, chip, s, layer, parity, u, first);
+    else
+      floats ? layer_item<CellKind::rnn, 1, Tile>(c, chip, s, layer, parity, u, first)
+             : layer_item<CellKind::rnn, 2, Tile>(c, chip, s, layer, parity, u, first);
+  }
+}
+
+template <int Tile>
+__device__ __forceinline__ void run_head(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity) {
+  const int64_t columns = columns_of(c.net);
+  for (int64_t i = threadIdx.x; i < columns * (c.plan.block_rows / Tile); i += blockDim.x) {
+    const int64_t column = i % columns, first = i / columns * Tile;
+    if (c.net.per_word == 1)
+      head_item<1, Tile>(c, chip, s, parity, column, first);
+    else
+      head_item<2, Tile>(c, chip, s, parity, column, first);
+  }
+}
+
 // Owns:   plan.block_rows sequences from their state to their state, and their entries of the log.
 // Keeps:  the weights, the table where it fits, h, c and the logits in shared memory; sums and masses in registers.
 // Moves:  the weights once a launch; a step reads Gates * units floats of the table a row where that is not on the chip
 //         and writes 16 bytes of the log a row.
 // Syncs:  the CTA, L + 2 times a step; CTAs meet in the queue's counter alone, nobody waits for another.
 // Limits: plan.fits; no window state.
-template <CellKind C, int PerWord, int Tile>
-__global__ void __launch_bounds__(kMostThreads) generate_kernel(GenerateCall c) {
+template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_kernel(GenerateCall c) {
   FR_DYNAMIC_SHARED(unsigned char, memory);
   FR_SHARED(int32_t, running, 1);
   const SharedLayout s = shared_layout(c.net, c.plan.block_rows, Tile, blockDim.x, c.plan.table_on_chip);
   Chip chip{};
-  chip.layer_floats = k_words(c.net) * PerWord * s.pitch;
+  chip.layer_floats = k_words(c.net) * c.net.per_word * s.pitch;
   chip.weights = reinterpret_cast<const uint32_t*>(memory);
   chip.table = reinterpret_cast<const float*>((c.plan.table_on_chip ? chip.weights : c.blob) + table_at(c.net));
   chip.h = reinterpret_cast<float*>(memory + s.h), chip.carry = reinterpret_cast<float*>(memory + s.carry);
@@ -319,17 +350,14 @@ __global__ void __launch_bounds__(kMostThreads) generate_kernel(GenerateCall c) 
     else if (Team<1>::lane() == 0)
       atomicAdd(running, 1);
   }
-  const int64_t groups = c.plan.block_rows / Tile, units = units_of(c.net), columns = columns_of(c.net);
   for (int64_t step = 0; step < c.steps; ++step, parity ^= 1) {
     __syncthreads();
     if (running[0] == 0) break;  // the log says nothing of the steps that are left, as it was
     for (int64_t layer = 0; layer < c.net.L; ++layer) {
-      for (int64_t i = threadIdx.x; i < units * groups; i += blockDim.x)
-        layer_item<C, PerWord, Tile>(c, chip, s, layer, parity, i % units, i / units * Tile);
+      run_layer<Tile>(c, chip, s, layer, parity);
       __syncthreads();
     }
-    for (int64_t i = threadIdx.x; i < columns * groups; i += blockDim.x)
-      head_item<PerWord, Tile>(c, chip, s, parity, i % columns, i / columns * Tile);
+    run_head<Tile>(c, chip, s, parity);
     __syncthreads();
     for (int64_t r = warp; r < c.plan.block_rows; r += warps)
       finish_row(c, chip, s, parity ^ 1, step, r, scratch, slots, running);
@@ -338,26 +366,14 @@ __global__ void __launch_bounds__(kMostThreads) generate_kernel(GenerateCall c) 
   move_rows<false>(c, chip, s, parity);
 }
 
-template <CellKind C, int PerWord> cudaError_t launch_tile(const GenerateCall& c, cudaStream_t stream) {
-  const auto run = [&](auto kernel) {
-    return FR_LAUNCH(kernel, static_cast<unsigned>(c.plan.blocks), static_cast<unsigned>(c.plan.threads),
-                     static_cast<size_t>(c.plan.shared_bytes), stream, c);
-  };
-  if (c.plan.tile == 1) return run(generate_kernel<C, PerWord, 1>);
-  return run(generate_kernel<C, PerWord, 8>);
-}
-
-template <CellKind C> cudaError_t launch_cell(const GenerateCall& c, cudaStream_t stream) {
-  return c.net.per_word == 1 ? launch_tile<C, 1>(c, stream) : launch_tile<C, 2>(c, stream);
-}
-
 }  // namespace
 
-int generate(CellKind cell, const GenerateCall& c, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (cell == CellKind::lstm) return launch_cell<CellKind::lstm>(c, on);
-  if (cell == CellKind::gru) return launch_cell<CellKind::gru>(c, on);
-  return launch_cell<CellKind::rnn>(c, on);
+int generate(const GenerateCall& c, void* stream) {
+  const auto run = [&](auto kernel) {
+    return FR_LAUNCH(kernel, static_cast<unsigned>(c.plan.blocks), static_cast<unsigned>(c.plan.threads),
+                     static_cast<size_t>(c.plan.shared_bytes), static_cast<cudaStream_t>(stream), c);
+  };
+  return c.plan.tile == 1 ? run(generate_kernel<1>) : run(generate_kernel<8>);
 }
 
 }  // namespace fr::cuda

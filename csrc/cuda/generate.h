@@ -40,7 +40,10 @@ struct LogEntry {
   int32_t end;
 };
 
+enum class CellKind { lstm, gru, rnn };
+
 struct GenerateCall {
+  CellKind cell;
   NetworkSizes net;
   GeneratePlan plan;
   bool relu;  // of the RNN; else tanh
@@ -60,9 +63,7 @@ struct GenerateCall {
   int32_t* drawn;      // (plan.rows, most_draws)
 };
 
-enum class CellKind { lstm, gru, rnn };
-
 // Begins `steps` steps of all rows on a stream (a cudaStream_t); the launch's cudaError_t.
-int generate(CellKind cell, const GenerateCall& call, void* stream);
+int generate(const GenerateCall& call, void* stream);
 
 }  // namespace fr::cuda

@@ -236,14 +236,15 @@ void Session::launch(int64_t steps) {
   const auto log_bytes = static_cast<size_t>(steps * plan_.rows) * sizeof(LogEntry);
   require(cudaMemsetAsync(log_.get(), 0xff, log_bytes, stream), "clear");  // slot -1: nothing
   GenerateCall call{};
-  call.net = net_->sizes, call.plan = plan_, call.relu = net_->cell == Cell::rnn_relu, call.steps = steps;
+  call.net = net_->sizes, call.plan = plan_, call.cell = kind_of(net_->cell), call.relu = net_->cell == Cell::rnn_relu,
+  call.steps = steps;
   call.blob = net_->blob.as<uint32_t>(), call.queue = queue_.as<DeviceRequest>();
   call.queued = static_cast<int32_t>(queue.size()), call.claimed = claimed_.as<int32_t>();
   call.stopped = stop_list_.as<int32_t>(), call.stopped_count = static_cast<int32_t>(stopped_.size());
   call.rows = rows_.as<DeviceRow>(), call.state = state_.as<float>(), call.seen = seen_.as<uint8_t>();
   call.log = log_.as<LogEntry>(), call.most_draws = most_draws_;
   call.margins = margins_.as<double>(), call.drawn = drawn_.as<int32_t>();
-  require(static_cast<cudaError_t>(generate(kind_of(net_->cell), call, stream_)), "launch");
+  require(static_cast<cudaError_t>(generate(call, stream_)), "launch");
   host_log_.resize(static_cast<size_t>(steps * plan_.rows));
   to_host(host_log_.data(), log_.get(), static_cast<int64_t>(log_bytes), stream);
   to_host(&host_claimed_, claimed_.get(), 4, stream);
@@ -324,13 +325,13 @@ void read(const PackedNetwork& net, const std::vector<int32_t>& ids, float* h, f
   for (const DeviceMemory* each : {&claimed, &rows, &state}) clear(*each, on);
   GenerateCall call{};
   call.net = n, call.plan = plan_generate(n, 1, net.multiprocessors, net.shared_limit);
-  call.relu = net.cell == Cell::rnn_relu, call.blob = net.blob.as<uint32_t>();
+  call.cell = kind_of(net.cell), call.relu = net.cell == Cell::rnn_relu, call.blob = net.blob.as<uint32_t>();
   call.queue = queue.as<DeviceRequest>(), call.queued = 1, call.claimed = claimed.as<int32_t>();
   call.rows = rows.as<DeviceRow>(), call.state = state.as<float>(), call.seen = seen.as<uint8_t>();
   call.log = log.as<LogEntry>(), call.most_draws = 1;
   for (int64_t done = 0; done < count; done += kReadSlice) {
     call.steps = std::min(kReadSlice, count - done);
-    require(static_cast<cudaError_t>(generate(kind_of(net.cell), call, stream)), "launch");
+    require(static_cast<cudaError_t>(generate(call, stream)), "launch");
     require(cudaStreamSynchronize(on), "reading");
   }
   std::vector<float> both(static_cast<size_t>(2 * size));
