@@ -6,7 +6,11 @@ after fixed ids against the float64 reference, and the ids it draws against the 
 are to the baseline: the PyTorch loop of step, softmax and multinomial, with oneDNN on or off, whichever is faster. Slow
 rivals run in fewer rounds, never fewer than three; `torch.compile` costs up to half a minute for each network.
 
+With ``--device cuda`` the networks, numbers of rows and rivals are those of `bench.peers_cuda`, the baseline is the
+PyTorch loop, the clock is wall time after the GPU is done, and instead of roofs there are estimated bounds.
+
     python -m bench.generate [--threads 1] [--quick] [--models M ...] [--batches B ...] [--peers P ...] [--output CSV]
+                             [--device cpu] [--seconds N]
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from bench import peers, peers_graph, roofs
-from bench.timing import Slope, Timing, row, slopes, write_csv
+from bench import peers, peers_cuda, peers_graph, roofs
+from bench.gpu import KEY
+from bench.timing import Slope, Timing, first_line, launch_errors, row, slopes, synchronised, write_csv
 from fastrnn import Network, NetworkConfig
 from fastrnn.generate import generate
 from fastrnn.network import GATES
@@ -60,8 +65,25 @@ PEERS: dict[str, Callable[[Network, int], peers.Peer]] = {
     "jax loop": peers_graph.jax_loop,
 }
 COMPILED = {name for name in PEERS if name.startswith("compiled")}  # seconds to build each: not in --quick
+CUDA_PACE = {"rounds": 3, "seconds": 0.02, "budget": 2.0}
+PATIENCE = 2.0  # seconds that a call of two steps may take on a GPU, where time is short; above it is not timed
 LOGITS_SPREAD = 2.0  # standard deviation of the logits, about that of a trained character model
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+class Setting(NamedTuple):
+    """Where is measured and how: ``top`` the roofs of a CPU, ``pace`` the keywords of `slopes`."""
+
+    device: str
+    pace: dict[str, Any]
+    top: roofs.Roofs | None = None
+    faults: list[str] | None = None  # of ours, which make the run on a GPU fail
+
+    def clock(self) -> tuple[Callable[[], float], str]:
+        if self.device == "cuda":
+            return synchronised, "tokens/s"
+        alone = torch.get_num_threads() == 1
+        return (time.process_time, "tokens/s of CPU time") if alone else (time.perf_counter, "tokens/s")
 
 
 class Rival(NamedTuple):
@@ -72,13 +94,13 @@ class Rival(NamedTuple):
     tokens: Callable[[Any], Tensor]
 
 
-def build(config: NetworkConfig) -> Network:
+def build(config: NetworkConfig, device: str = "cpu") -> Network:
     """The network of ``config`` with random weights of a fixed seed."""
     torch.manual_seed(0)
     network = Network(config).eval().requires_grad_(False)
     ids = torch.randint(config.vocab_size, (64, 8))
     network.head.weight *= LOGITS_SPREAD / network(ids)[0].std()
-    return network
+    return network.to(device)
 
 
 class Judge:
@@ -87,12 +109,12 @@ class Judge:
     ROWS, STEPS = 16, 5
 
     def __init__(self, network: Network, batch: int) -> None:
-        self.network, self.batch = network, batch
+        self.network, self.batch, self.device = network, batch, network.head.weight.device
         double = Network(dataclasses.replace(network.config, head="all"), dtype=torch.float64)
         double.load_state_dict(network.state_dict())
-        self.double = double.eval().requires_grad_(False)
+        self.double = double.to(self.device).eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(network.config.vocab_size, (self.STEPS, self.ROWS), generator=generator)
+        ids = torch.randint(network.config.vocab_size, (self.STEPS, self.ROWS), generator=generator).to(self.device)
         self.ids = ids[:, torch.arange(batch) % self.ROWS]
         self.errors: dict[str, float] = {}  # of plain PyTorch, by dtype
         self.expected = self.log_probabilities(self.ids[:, : self.ROWS])[-1]
@@ -104,7 +126,7 @@ class Judge:
 
     def error(self, logits: Tensor) -> float:
         """The largest error of the log-probabilities of logits (B, V) after ``self.ids``."""
-        rows = torch.arange(len(logits)) % self.ROWS
+        rows = torch.arange(len(logits), device=self.device) % self.ROWS
         return (logits.double().log_softmax(-1) - self.expected[rows]).abs().max().item()
 
     def allowed(self, dtype: str) -> float:
@@ -115,7 +137,7 @@ class Judge:
 
     def surprise(self, tokens: Tensor) -> float:
         """How many standard deviations the surprise of drawn ids (n, B) is from its expectation, the entropy."""
-        tokens = tokens[:, : self.ROWS]
+        tokens = tokens[:, : self.ROWS].to(self.device)
         before = torch.cat([torch.full_like(tokens[:1], peers.FIRST), tokens[:-1]])
         logs = self.log_probabilities(before)
         entropy = -(logs.exp() * logs).sum(-1)
@@ -124,12 +146,12 @@ class Judge:
         return ((found - entropy).sum() / variance.sum().sqrt()).item()
 
     def refuse(self, name: str, rival: Rival, error: float) -> None:
-        """`peers.Unavailable` where a rival is wrong: it is not timed, and its row is missing."""
+        """`peers.Wrong` where a rival is: it is not timed, and its row is missing."""
         if not error <= self.allowed(rival.dtype):
-            raise peers.Unavailable(f"{name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
+            raise peers.Wrong(f"{name} errs by {error:.2e}, allowed are {self.allowed(rival.dtype):.2e}")
         deviations = self.surprise(rival.tokens(rival.run(max(2, 64 // self.batch))))
         if not abs(deviations) <= 6:
-            raise peers.Unavailable(f"the ids {name} draws are {deviations:.1f} standard deviations off")
+            raise peers.Wrong(f"the ids {name} draws are {deviations:.1f} standard deviations off")
 
 
 def requests(batch: int, number: int, **options: Any) -> list[Request]:
@@ -157,28 +179,49 @@ def ours(network: Network, batch: int, dtype: str, keywords: dict[str, Any], jud
         done = by_index(list(generate(network, wanted, batch_size=batch, **keywords)))[-judge.ROWS :]
     except (ValueError, fastrnn.BackendRefusal) as refusal:  # what this network cannot have, in its own words
         raise peers.Unavailable(str(refusal)) from refusal
-    drawn, found = tokens(done), torch.tensor([completion.logprobs for completion in done]).t()
+    drawn = tokens(done).to(judge.device)
+    found = torch.tensor([completion.logprobs for completion in done], device=judge.device).t()
     before = torch.cat([torch.full_like(drawn[:1], peers.FIRST), drawn[:-1]])
     expected = judge.log_probabilities(before).gather(2, drawn.unsqueeze(-1))[..., 0]
     return Rival(dtype, run, tokens), (found - expected).abs().max().item()
 
 
-def rivals(network: Network, batch: int, names: list[str], judge: Judge) -> dict[str, Rival]:
-    """Every rival that can run here, checked; why another cannot is printed."""
+def rivals(network: Network, batch: int, names: list[str], judge: Judge, faults: list[str]) -> dict[str, Rival]:
+    """Every rival that can run here, checked; why another cannot is printed. ``faults`` gets what is wrong of ours."""
     found: dict[str, Rival] = {}
+    on_gpu = judge.device.type == "cuda"
+    offered = peers_cuda.PEERS if on_gpu else PEERS
     for name in (*OURS, *names):
         try:
             if name in OURS:
                 rival, error = ours(network, batch, *OURS[name], judge)
             else:
-                peer = PEERS[name](network, batch)
+                peer = offered[name](network, batch)
                 rival, error = Rival(peer.dtype, peer.run, lambda tokens: tokens), judge.error(peer.logits(judge.ids))
             judge.refuse(name, rival, error)
+            if on_gpu:
+                refuse_the_slow(rival)
         except peers.Unavailable as reason:
             print(f"  {name}: not timed: {reason}", flush=True)
+            faults += [str(reason)] if name in OURS and isinstance(reason, peers.Wrong) else []
+            continue
+        except launch_errors() as error:
+            if not on_gpu:
+                raise
+            print(f"  {name}: not timed: it fails: {first_line(error)}", flush=True)
+            faults += [f"{name} fails: {first_line(error)}"] if name in OURS else []
+            synchronised()  # raises again where the error has left the GPU unusable
             continue
         found[name] = rival
     return found
+
+
+def refuse_the_slow(rival: Rival) -> None:
+    """`peers.Unavailable` where two steps take longer than `PATIENCE`."""
+    start = synchronised()
+    rival.run(2)
+    if (took := synchronised() - start) > PATIENCE:
+        raise peers.Unavailable(f"two steps take {took:.1f} s, more than the {PATIENCE:.0f} s there are for them")
 
 
 def work(config: NetworkConfig) -> tuple[int, int]:
@@ -189,17 +232,21 @@ def work(config: NetworkConfig) -> tuple[int, int]:
     return 2 * weights, weights
 
 
-def report(name: str, dtype: str, batch: int, cost: Slope, base: float, config: NetworkConfig, top: roofs.Roofs) -> str:
+def report(
+    model: str, name: str, dtype: str, batch: int, cost: Slope, base: float, setting: Setting
+) -> str:  # fmt: skip
     """One printed line; ``base`` is the baseline's microseconds a step."""
     step, spread = cost.step, f"({batch / cost.step.p80 * 1e6:,.0f} to {batch / cost.step.p20 * 1e6:,.0f})"
     line = f"  {name:<30} {batch / step.median * 1e6:>12,.0f} tokens/s {spread:<26} {base / step.median:8.2f}x"
-    if name in OURS:
-        operations, weights = work(config)
+    if bound := peers_cuda.BOUNDS.get(model, {}).get(batch) if setting.device == "cuda" else None:
+        line += f"  {100 * batch / step.median * 1e6 / bound:.2g} % of the estimated bound"
+    if name in OURS and setting.top is not None:
+        operations, weights = work(MODELS[model])
         size, seconds = weights * WEIGHT_BYTES[dtype], step.median / 1e6
-        least = top.seconds(dtype, operations * batch, size)
+        least = setting.top.seconds(dtype, operations * batch, size)
         line += f"  {operations * batch / seconds / 1e9:.1f} GFLOP/s, weights {size / seconds / 1e9:.1f} GB/s, "
-        line += f"{100 * least / seconds:.0f} % of the roof; set-up {cost.setup.median:,.0f} us"
-    return line
+        line += f"{100 * least / seconds:.0f} % of the roof"
+    return line + (f"; set-up {cost.setup.median:,.0f} us" if name in OURS else "")
 
 
 def possible(costs: dict[str, Slope]) -> dict[str, Slope]:
@@ -210,55 +257,90 @@ def possible(costs: dict[str, Slope]) -> dict[str, Slope]:
     return {name: cost for name, cost in costs.items() if cost.step.p20 > 0}
 
 
-def measure(model: str, batch: int, names: list[str], top: roofs.Roofs, pace: dict[str, Any]) -> list[dict]:
+def measure(model: str, batch: int, names: list[str], setting: Setting) -> list[dict]:
     """CSV rows of one network and number of rows; printed as they come."""
-    config, threads = MODELS[model], torch.get_num_threads()
-    start = time.perf_counter()
-    print(f"{model}, B={batch}, {threads} thread{'s' * (threads > 1)}", flush=True)
-    network = build(config)
-    entrants = rivals(network, batch, names, Judge(network, batch))
-    clock, unit = (time.process_time, "tokens/s of CPU time") if threads == 1 else (time.perf_counter, "tokens/s")
-    costs = possible(slopes({name: rival.run for name, rival in entrants.items()}, clock, **pace))
+    config, device = models(setting.device)[model], setting.device
+    start, (clock, unit) = time.perf_counter(), setting.clock()
+    where = "GPU" if device == "cuda" else f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    print(f"{model}, B={batch}, {where}", flush=True)
+    network = build(config, device)
+    faults: list[str] = []
+    entrants = rivals(network, batch, names, Judge(network, batch), faults)
+    if setting.faults is not None:
+        setting.faults.extend(f"{model} B={batch}: {fault}" for fault in faults)
+    costs = possible(slopes({name: rival.run for name, rival in entrants.items()}, clock, **setting.pace))
     base = min((costs[name].step.median for name in peers.BASELINES if name in costs), default=float("nan"))
     sizes = dict(B=batch, I=config.input_size, H=config.hidden_size, L=config.num_layers, V=config.vocab_size)
     rows = []
     for name, cost in costs.items():
         dtype = entrants[name].dtype
-        print(report(name, dtype, batch, cost, base, config, top), flush=True)
+        line = report(model, name, dtype, batch, cost, base, setting)
+        if device == "cuda":
+            same = [c.step.median for n, c in costs.items() if n not in OURS and entrants[n].dtype == dtype]
+            if name in OURS and same:  # precision is no merit of a loop
+                line += f"; {min(same) / cost.step.median:.2f}x of the fastest of PyTorch in {dtype}"
+            line = f"{KEY}{model} B={batch}: {' '.join(line.split())}"
+        print(line, flush=True)
         speed = Timing(*(batch / value * 1e6 for value in (cost.step.median, cost.step.p80, cost.step.p20)))
-        rows.append(row(f"generate {model}", name, speed, unit, dtype=dtype, **sizes))
+        rows.append(row(f"generate {model}", name, speed, unit, device, dtype=dtype, **sizes))
         if name in OURS:
-            rows.append(row(f"generate set-up {model}", name, cost.setup, "us", dtype=dtype, **sizes))
+            rows.append(row(f"generate set-up {model}", name, cost.setup, "us", device, dtype=dtype, **sizes))
     print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
     return rows
 
 
-def main() -> None:
+def models(device: str) -> dict[str, NetworkConfig]:
+    return peers_cuda.MODELS if device == "cuda" else MODELS
+
+
+def cases(options: argparse.Namespace) -> tuple[list[tuple[str, int]], list[str]]:
+    """The networks and numbers of rows to measure, in order, and the names of the peers."""
+    on_gpu, some = options.device == "cuda", options.quick and options.device == "cpu"
+    chosen = options.models or (QUICK["models"] if some else list(models(options.device)))
+    batches = options.batches or (QUICK["batches"] if some else peers_cuda.BATCHES if on_gpu else BATCHES)
+    names = list(peers_cuda.PEERS) if on_gpu else [n for n in PEERS if not options.quick or n not in COMPILED]
+    names = names if options.peers is None else options.peers
+    pairs = [(model, batch) for model in chosen for batch in batches]
+    if on_gpu:  # where the time may end before the list does: every network at one number of rows, then the next
+        pairs = [(model, batch) for batch in batches for model in chosen]
+    return pairs, names
+
+
+def main() -> int:
     """Measure every row and write the CSV after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no further row is started")
     parser.add_argument("--quick", action="store_true", help="two small rows, few rounds, no torch.compile")
-    parser.add_argument("--models", nargs="*", choices=MODELS, help="some of the networks")
+    parser.add_argument("--models", nargs="*", choices=[*MODELS, *peers_cuda.MODELS], help="some of the networks")
     parser.add_argument("--batches", nargs="*", type=int, help="some numbers of rows")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="some of the peers; the option alone: none")
+    parser.add_argument("--peers", nargs="*", choices=[*PEERS, *peers_cuda.PEERS], help="some peers; alone: none")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="TF32 acceleration")  # said whenever oneDNN is switched off
-    models = options.models or (QUICK["models"] if options.quick else list(MODELS))
-    batches = options.batches or (QUICK["batches"] if options.quick else BATCHES)
-    names = [name for name in PEERS if not options.quick or name not in COMPILED]
-    names = names if options.peers is None else options.peers
-    pace = {"rounds": 3, "seconds": 0.01} if options.quick else {}
-    top = roofs.measure(3 if options.quick else 15)
-    print(top, flush=True)
-    rows = top.rows()
-    for model in models:
-        for batch in batches:
-            rows += measure(model, batch, names, top, pace)
-            write_csv(options.output, rows)
+    pairs, names = cases(options)
+    if options.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # cuDNN's RNN may take TF32 anyway
+        setting, rows = Setting("cuda", CUDA_PACE, faults=[]), []
+    else:
+        pace = {"rounds": 3, "seconds": 0.01} if options.quick else {}
+        setting = Setting("cpu", pace, roofs.measure(3 if options.quick else 15))
+        print(setting.top, flush=True)
+        rows = setting.top.rows()
+    start = time.perf_counter()
+    for number, (model, batch) in enumerate(pairs):
+        if time.perf_counter() - start > options.seconds:
+            print(f"{KEY}{len(pairs) - number} of {len(pairs)} rows left out for want of time")
+            break
+        rows += measure(model, batch, names, setting)
+        write_csv(options.output, rows)
+    for fault in setting.faults or []:
+        print(f"{KEY}not timed: {fault}")
     print(f"wrote {options.output}")
+    return int(bool(setting.faults))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -29,6 +29,10 @@ class Unavailable(Exception):
     """Why a peer cannot run here."""
 
 
+class Wrong(Unavailable):
+    """A rival runs here and computes something else."""
+
+
 class Peer(NamedTuple):
     """One rival: ``dtype`` names its honest tolerance; ``logits`` feeds ids (T, B) from a zero state and returns what
     follows (B, V); ``run`` draws n tokens for every row, each from the state the last left, and returns them (n, B)."""
@@ -44,8 +48,14 @@ def multinomial(logits: Tensor) -> Tensor:
 
 def inverse_cdf(logits: Tensor) -> Tensor:
     """The draw with one uniform number a row: how many cumulative probabilities it reaches."""
-    reached = torch.softmax(logits, -1).cumsum(-1) <= torch.rand(logits.shape[0], 1)
+    reached = torch.softmax(logits, -1).cumsum(-1) <= torch.rand(logits.shape[0], 1, device=logits.device)
     return reached.sum(-1).clamp_max(logits.shape[-1] - 1)
+
+
+def race(logits: Tensor) -> Tensor:
+    """The draw with an exponential random number a logit, which never waits for a GPU (gpt-fast's)."""
+    probabilities = torch.softmax(logits, -1)
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
 @functools.cache
@@ -76,12 +86,12 @@ class Step(nn.Module):
     def _make(self, inputs: int, weights: list[Tensor]) -> None:
         options = {"nonlinearity": self.cell.removeprefix("rnn_")} if self.cell.startswith("rnn") else {}
         kind = {"lstm": nn.LSTM, "gru": nn.GRU}.get(self.cell, nn.RNN)
-        self.rnn = kind(inputs, self.hidden, self.layers, **options)
+        self.rnn = kind(inputs, self.hidden, self.layers, **options, device=self.table.device)
         names = [name for name, _ in self.rnn.named_parameters()]
         self.rnn.load_state_dict(dict(zip(names, weights, strict=True)))
 
     def zero_state(self, batch: int) -> tuple[Tensor, ...]:
-        zeros = torch.zeros(self.layers, batch, self.hidden, dtype=self.table.dtype)
+        zeros = self.table.new_zeros(self.layers, batch, self.hidden)
         return (zeros, zeros.clone()) if self.cell == "lstm" else (zeros,)
 
     def advance(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -101,7 +111,8 @@ class CellStep(Step):
         options = {"nonlinearity": self.cell.removeprefix("rnn_")} if self.cell.startswith("rnn") else {}
         kind = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}.get(self.cell, nn.RNNCell)
         self.cells = nn.ModuleList(
-            kind(inputs if layer == 0 else self.hidden, self.hidden, **options) for layer in range(self.layers)
+            kind(inputs if layer == 0 else self.hidden, self.hidden, **options, device=self.table.device)
+            for layer in range(self.layers)
         )
         each = len(weights) // self.layers
         for layer, cell in enumerate(self.cells):
@@ -110,7 +121,7 @@ class CellStep(Step):
 
     def zero_state(self, batch: int) -> tuple[Tensor, ...]:
         each = 2 if self.cell == "lstm" else 1
-        return tuple(torch.zeros(batch, self.hidden, dtype=self.table.dtype) for _ in range(each * self.layers))
+        return tuple(self.table.new_zeros(batch, self.hidden) for _ in range(each * self.layers))
 
     def advance(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         after: list[Tensor] = []
@@ -143,7 +154,7 @@ def stepping(
         return found.clone()
 
     def run(number: int) -> Tensor:
-        token, state, tokens = torch.full((zero[0].shape[-2],), FIRST), zero, []
+        token, state, tokens = torch.full((zero[0].shape[-2],), FIRST, device=zero[0].device), zero, []
         with setting():
             for _ in range(number):
                 token, _, *state = step(token, *state)
@@ -157,10 +168,12 @@ def eager(
     network: Network, batch: int, dtype: str = "float32", onednn: bool = True,
     draw: Callable[[Tensor], Tensor] | None = None,
 ) -> Peer:  # fmt: skip
-    """The loop that most programs write; ``draw`` None takes the faster one."""
+    """The loop that most programs write; ``draw`` None takes the faster one, on a GPU the one that never waits."""
     if dtype == "bfloat16" and not onednn and batch > 16:
         raise Unavailable("above 16 rows bfloat16 products without oneDNN take ten times as long and more")
-    step = Step(network, draw or faster_draw(batch, network.config.vocab_size)).to(getattr(torch, dtype))
+    if draw is None:
+        draw = race if network.head.weight.is_cuda else faster_draw(batch, network.config.vocab_size)
+    step = Step(network, draw).to(getattr(torch, dtype))
     return stepping(step, step.zero_state(batch), dtype, onednn)
 
 

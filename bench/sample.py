@@ -1,16 +1,20 @@
-"""One token a row against PyTorch: microseconds of CPU time a call, on one thread.
+"""One token a row against PyTorch: microseconds a call, of CPU time on one thread, of wall time on a GPU.
 
-Rivals: softmax and multinomial, what most loops write, and softmax with the exponential race (gpt-fast's way,
-one random number a logit). Ours runs plain, with log-probabilities and margins, and with top_k and top_p, which
-PyTorch's side does by sorting as Hugging Face does. Before a shape is timed the tokens of every backend are compared
-with the reference's on the same logits, and a refusal stops the run.
+Rivals: softmax and multinomial, what most loops write, the same compiled by torch.compile (on a GPU), and softmax with
+the exponential race (gpt-fast's way, one random number a logit). Ours runs plain, with log-probabilities and margins,
+as the op alone (which does not ask whether every row could be drawn from, and so never waits for a GPU), and with top_k
+and top_p, which PyTorch's side does by sorting as Hugging Face does. Before a shape is timed the tokens
+of every backend are compared with those of the reference on the CPU on the same logits; one that differs is named, not
+timed, and makes the exit status 1. On a GPU the bytes of the logits a second are set against a measured copy.
 
-    python -m bench.sample [--threads 1] [--quick] [--output bench/results/sample.csv]
+    python -m bench.sample [--threads 1] [--device cpu] [--seconds 600] [--quick] [--output bench/results/sample.csv]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,20 +22,23 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from bench.timing import interleaved, row, write_csv
+from bench import peers
+from bench.gpu import KEY
+from bench.timing import Timing, clock_of, first_line, interleaved, launch_errors, row, write_csv
+from fastrnn import gpu, ops
 
-SHAPES = [(1, 65), (256, 65), (64, 10000), (8, 50257)]  # B, V
+SHAPES = {  # B, V
+    "cpu": [(1, 65), (256, 65), (64, 10000), (8, 50257)],
+    "cuda": [(1, 65), (256, 65), (1024, 256), (64, 10000), (256, 50257), (8, 128256), (64, 32768)],
+}
 QUICK = [(1, 65), (16, 1000)]
+COMPARED = 1 << 20  # logits of a shape whose rows are drawn by the reference too: all on a CPU, the first rows of more
+COPIED = 1 << 28  # bytes of the copy whose bandwidth is measured
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 
 
 def multinomial(logits: Tensor) -> Tensor:
-    return torch.multinomial(torch.softmax(logits / TEMPERATURE, -1), 1)[:, 0]
-
-
-def exponential_race(logits: Tensor) -> Tensor:
-    probabilities = torch.softmax(logits / TEMPERATURE, -1)
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    return peers.multinomial(logits / TEMPERATURE)
 
 
 def filtered_multinomial(logits: Tensor) -> Tensor:
@@ -56,49 +63,144 @@ def ours(logits: Tensor, backend: str | None, **options) -> Callable[[], object]
     return run
 
 
-def measure(batch: int, vocabulary: int, backends: list[str], pace: dict[str, float]) -> list[dict]:
-    """Rows of one shape; printed as they come."""
-    logits = torch.randn(batch, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 3
-    rivals: dict[tuple[str, str], Callable[[], object]] = {
+def op_alone(logits: Tensor, backend: str | None) -> Callable[[], object]:
+    """A call of the op, whose parameters lie on the device already."""
+    scale, top_k, top_p, min_p = fastrnn.SamplingParams(TEMPERATURE).numbers()
+    rows = torch.arange(len(logits), device=logits.device)
+    floats = [torch.full_like(rows, value, dtype=torch.float32) for value in (scale, min_p)]
+    numbers = [torch.full_like(rows, value) for value in (top_k, top_p, 1, 0)]
+    given = (logits, floats[0], *numbers[:2], floats[1], None, numbers[2], rows, numbers[3])
+
+    def run() -> object:
+        with fastrnn.backend(backend):
+            return ops.sample(*given)
+
+    return run
+
+
+def of_torch(logits: Tensor) -> dict[tuple[str, str], Callable[[], object]]:
+    """What PyTorch offers, by op and name."""
+    found: dict[tuple[str, str], Callable[[], object]] = {
         ("sample", "torch multinomial"): lambda: multinomial(logits),
-        ("sample", "torch exponential race"): lambda: exponential_race(logits),
+        ("sample", "torch exponential race"): lambda: peers.race(logits / TEMPERATURE),
         ("sample top_k top_p", "torch sort"): lambda: filtered_multinomial(logits),
     }
-    for op, options in (
-        ("sample", {}), ("sample details", {"return_details": True}),
-        ("sample top_k top_p", {"top_k": TOP_K, "top_p": TOP_P}),
-    ):  # fmt: skip
-        expected = ours(logits, "reference", **options)()
-        for backend in backends:
-            found = ours(logits, backend, **options)()
-            tokens = (found.token, expected.token) if options.get("return_details") else (found, expected)
-            if not torch.equal(*tokens):
-                raise SystemExit(f"not timed: {backend} draws other tokens than the reference at {tuple(logits.shape)}")
-            rivals[op, backend] = ours(logits, backend, **options)
-    timings = interleaved({" / ".join(key): run for key, run in rivals.items()}, **pace)
-    rows = []
-    for op, backend in rivals:
-        timing = timings[f"{op} / {backend}"]
-        print(f"B={batch:<4} V={vocabulary:<6} {op:<19} {backend:<23} {timing.median:10.1f} us", flush=True)
-        rows.append(row(op, backend, timing, dtype="float32", B=batch, V=vocabulary))
-    return rows
+    if logits.is_cuda:
+        torch._dynamo.reset()
+        function = torch.compile(multinomial, dynamic=False)
+        try:
+            function(logits)
+        except launch_errors() as error:
+            print(f"  torch.compile: not timed: {first_line(error)}")
+        else:
+            found["sample", "torch multinomial compiled"] = lambda: function(logits)
+    return found
 
 
-def main() -> None:
-    """Measure every shape and write the CSV."""
+def copy_bandwidth(device: str, size: int = COPIED) -> Timing:
+    """10^9 bytes a second, read and written, of copies of ``size`` bytes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = interleaved({"copy": lambda: target.copy_(source)}, rounds=5, seconds=0.01, clock=clock_of(device)[0])
+    return Timing(*(2 * size / value / 1e3 for value in found["copy"]))
+
+
+OPS: dict[str, Callable[[Tensor, str | None], Callable[[], object]]] = {
+    "sample": ours,
+    "sample op": op_alone,
+    "sample details": functools.partial(ours, return_details=True),
+    "sample top_k top_p": functools.partial(ours, top_k=TOP_K, top_p=TOP_P),
+}
+
+
+class Bench:
+    """What has been measured on a device: rows for the CSV, key figures, and backends that drew wrong tokens."""
+
+    def __init__(self, device: str, backends: list[str], pace: dict) -> None:
+        self.device, self.backends, self.pace = device, backends, pace
+        self.rows: list[dict] = []
+        self.keys: list[str] = []
+        self.wrong: list[str] = []
+        self.bandwidth = None
+        if device == "cuda":
+            self.bandwidth = copy_bandwidth(device)
+            self.rows.append(row("copy", "torch", self.bandwidth, "GB/s", device))
+            self.keys.append(f"copy: {self.bandwidth.median:.0f} GB/s read and written")
+
+    def rivals(self, logits: Tensor) -> dict[tuple[str, str], Callable[[], object]]:
+        """PyTorch's, and ours where they draw the reference's tokens."""
+        found = of_torch(logits)
+        first = max(1, min(len(logits), COMPARED // logits.shape[1]))
+        for op, make in OPS.items():
+            expected = tokens(make(logits[:first].cpu(), "reference")())
+            for backend in self.backends:
+                try:
+                    drawn = tokens(make(logits, backend)())[:first].cpu()
+                except fastrnn.BackendRefusal as refusal:
+                    print(f"  {backend}: not timed: {refusal}")
+                    continue
+                except launch_errors() as error:
+                    self.wrong.append(f"{op} of {backend} fails at {tuple(logits.shape)}: {first_line(error)}")
+                    continue
+                if torch.equal(drawn, expected):
+                    found[op, backend] = make(logits, backend)
+                else:
+                    share = f"{(drawn != expected).sum()} of {first} tokens"
+                    self.wrong.append(f"{op} of {backend} at {tuple(logits.shape)}: {share} differ from the reference")
+        return found
+
+    def measure(self, batch: int, vocabulary: int) -> None:
+        """Time one shape; printed as it comes."""
+        logits = torch.randn(batch, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 3
+        rivals, (clock, unit) = self.rivals(logits.to(self.device)), clock_of(self.device)
+        timings = interleaved({" / ".join(key): run for key, run in rivals.items()}, clock=clock, **self.pace)
+        base = min(timings[f"sample / {name}"].median for op, name in rivals if op == "sample" and "torch" in name)
+        for op, backend in rivals:
+            timing, roof = timings[f"{op} / {backend}"], ""
+            if self.bandwidth:
+                read = batch * vocabulary * 4 / timing.median / 1e3
+                roof = f"{100 * read / self.bandwidth.median:6.1f} % of the copy"
+            what = f"B={batch:<4} V={vocabulary:<6} {op:<19} {backend:<26} {timing.median:10.1f} us {roof}"
+            print(what, flush=True)
+            if backend in self.backends and op in ("sample", "sample op"):
+                self.keys.append(f"{what} {base / timing.median:.2f}x of the fastest of torch")
+            self.rows.append(row(op, backend, timing, unit, self.device, dtype="float32", B=batch, V=vocabulary))
+
+
+def tokens(found: Tensor | tuple) -> Tensor:
+    """The tokens, which a `fastrnn.Draw` and the op's results begin with."""
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def main() -> int:
+    """Measure every shape and write the CSV after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=600.0, help="after which no further shape is started")
     parser.add_argument("--quick", action="store_true", help="two small shapes")
     parser.add_argument("--output", type=Path, help="CSV file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    backends = [name for name, missing in fastrnn.backends.available().items() if missing is None and name != "aten"]
-    pace = {"rounds": 3, "seconds": 0.002} if arguments.quick else {}
-    shapes = QUICK if arguments.quick else SHAPES
-    rows = [line for shape in shapes for line in measure(*shape, backends, pace)]
-    if arguments.output:
-        write_csv(arguments.output, rows)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        others = {"aten", "cpu", "reference"}  # the reference is no rival there
+    else:
+        others = {"aten", "cuda"} | (set() if gpu.interpreting() else {"triton"})
+    backends = [name for name in fastrnn.backends.TABLE if name not in others]
+    pace = {"rounds": 5, "seconds": 0.02} if options.device == "cuda" else {}
+    bench = Bench(options.device, backends, {"rounds": 3, "seconds": 0.002} if options.quick else pace)
+    shapes, start = QUICK if options.quick else SHAPES[options.device], time.perf_counter()
+    for number, shape in enumerate(shapes):
+        if time.perf_counter() - start > options.seconds:
+            bench.keys.append(f"{len(shapes) - number} of {len(shapes)} shapes left out for want of time")
+            break
+        bench.measure(*shape)
+        if options.output:
+            write_csv(options.output, bench.rows)
+    for line in (*(f"not timed: {fault}" for fault in bench.wrong), *bench.keys):
+        print(f"{KEY}{line}")
+    return int(bool(bench.wrong))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

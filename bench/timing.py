@@ -2,16 +2,18 @@
 
 Rivals run in turn within one process, round by round, so that a drift of the machine meets all of them; the median of
 the rounds is quoted with the 20th and the 80th percentile. CPU time of one thread is the default clock: on a shared
-machine it varies least.
+machine it varies least. On a GPU the clock is wall time, read after the GPU has done all it was given.
 """
 
 from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -23,38 +25,52 @@ import torch
 
 COLUMNS = (
     "op", "backend", "dtype", "T", "B", "I", "H", "L", "V", "median", "p20", "p80", "unit", "threads", "machine",
-    "torch", "triton", "commit", "date",
+    "torch", "triton", "cuda", "commit", "date",
 )  # fmt: skip
 
 
 class Timing(NamedTuple):
-    """Microseconds of CPU time a call."""
+    """Microseconds a call."""
 
     median: float
     p20: float
     p80: float
 
 
-def interleaved(rivals: dict[str, Callable[[], object]], rounds: int = 9, seconds: float = 0.05) -> dict[str, Timing]:
-    """Time each rival in every round for about ``seconds``; return microseconds of CPU time a call.
+def synchronised() -> float:
+    """Seconds of wall time once the GPU has done all it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def clock_of(device: str) -> tuple[Callable[[], float], str]:
+    """The clock of a device and the unit of a call that it timed."""
+    return (synchronised, "us a call") if device == "cuda" else (time.process_time, "us CPU a call")
+
+
+def interleaved(
+    rivals: dict[str, Callable[[], object]], rounds: int = 9, seconds: float = 0.05,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time each rival in every round for about ``seconds``; return microseconds a call by ``clock``.
 
     Where a call takes longer than four times ``seconds``, three rounds have to do.
     """
     repeats = {}
     for name, function in rivals.items():
         function()
-        start = time.process_time()
+        start = clock()
         function()
-        once = max(time.process_time() - start, 1e-6)
+        once = max(clock() - start, 1e-6)
         repeats[name] = max(1, int(seconds / once))
         rounds = min(rounds, 3) if once > 4 * seconds else rounds
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, function in rivals.items():
-            start = time.process_time()
+            start = clock()
             for _ in range(repeats[name]):
                 function()
-            samples[name].append((time.process_time() - start) / repeats[name] * 1e6)
+            samples[name].append((clock() - start) / repeats[name] * 1e6)
     return {name: summary(values) for name, values in samples.items()}
 
 
@@ -108,12 +124,29 @@ def summary(values: list[float]) -> Timing:
     return Timing(statistics.median(values), fifths[0], fifths[3])
 
 
-def row(op: str, backend: str, timing: Timing, unit: str = "us CPU a call", **sizes) -> dict:
+@functools.cache
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a rival that cannot run here raises: torch's errors, and Triton's where it is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def row(
+    op: str, backend: str, timing: Timing, unit: str = "us CPU a call", device: str = "cpu", **sizes
+) -> dict:  # fmt: skip
     """One measurement as a CSV row; ``sizes`` are any of dtype, T, B, I, H, L, V."""
     return {
         "op": op, "backend": backend, **sizes, "median": f"{timing.median:.6g}", "p20": f"{timing.p20:.6g}",
-        "p80": f"{timing.p80:.6g}", "unit": unit, "threads": torch.get_num_threads(), "machine": machine(),
-        "torch": torch.__version__, "triton": _version("triton"), "commit": _commit(),
+        "p80": f"{timing.p80:.6g}", "unit": unit, "threads": torch.get_num_threads(), "machine": machine(device),
+        "torch": torch.__version__, "triton": _version("triton"), "cuda": cuda(device), "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
@@ -127,9 +160,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def machine() -> str:
-    """The processor's name, or the GPU's when there is one."""
-    if torch.cuda.is_available():
+def machine(device: str = "cpu") -> str:
+    """The name of the processor, or of the GPU."""
+    if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -139,11 +172,19 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
+def cuda(device: str) -> str:
+    """The CUDA that torch is built with and the cuDNN it runs, for a GPU."""
+    return f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if device == "cuda" else ""
+
+
 def _version(package: str) -> str:
     return importlib.metadata.version(package) if importlib.util.find_spec(package) else ""
 
 
+@functools.cache
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     )

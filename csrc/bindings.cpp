@@ -3,14 +3,12 @@
 // (fastrnn/library.py, fastrnn/backends.py).
 #include "bindings.h"
 
-#include <initializer_list>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 namespace {
 
-using fr::dtype_name;
+using fr::Dims;
 using fr::MaybeTensor;
 using fr::ScalarType;
 using fr::shape_of;
@@ -21,118 +19,20 @@ using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-// Each a letter of kernels.h with an optional factor: "T", "4H". T is left out by an x (B, I), a single step; L, of
-// size 1, is there where h0 is (1, B, H), a slice of a stack's states.
-using Dims = std::initializer_list<const char*>;
-
-// A new dense tensor on the CPU, uninitialised. Not torch::stable::new_empty, which looks its op up by name: 3 us.
-Tensor empty(int64_t dims, const int64_t* sizes, ScalarType dtype) {
-  int64_t strides[3];
-  for (int64_t d = dims, stride = 1; d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
-                                                         dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                                                         : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                                                         : aoti_torch_dtype_float32(),
-                                                         aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
 
 template <class F> constexpr ScalarType dtype_of = std::is_same_v<F, float> ? ScalarType::Float : ScalarType::BFloat16;
 template <> constexpr ScalarType dtype_of<double> = ScalarType::Double;
 
-// One call of one op: its name, its sizes and the dense copies of strided arguments, alive until the kernel is done.
-template <class F> class Call {
+// A call of the kernels of kernels.h.
+template <class F> class Call : public fr::CellCall {
  public:
-  int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
-  const char* h_from = "h0";  // the argument that H was read from, for messages
-
-  Call(const char* op, const Tensor& x, const Tensor& h0) : op_(op) {
-    if (x.scalar_type() != dtype_of<F>)
-      fail("x must be float32, float64 or bfloat16, like every other argument, got " + dtype_name(x.scalar_type()));
-    steps_ = x.dim() == 3, slice_ = h0.dim() == 3 && h0.size(0) == 1;
-    if (!steps_ && x.dim() != 2) fail("x must be (T, B, I), got " + shape_of(x));
-    if (!slice_ && h0.dim() != 2) fail("h0 must be (B, H), got " + shape_of(h0));
-    T = steps_ ? x.size(0) : 1, B = x.size(steps_), I = x.size(steps_ + 1), H = P = h0.size(slice_ + 1);
-    if (H < 1) fail("h0 must have at least one hidden unit, got " + shape_of(h0));
+  Call(const char* op, const Tensor& x, const Tensor& h0)
+      : CellCall(op, x, h0, x.scalar_type() == dtype_of<F>, "float32, float64 or bfloat16", alignof(F)) {}
+  template <class T> const F* want(const char* name, const T& t, Dims dims) {
+    return static_cast<const F*>(data(name, t, dims));
   }
-
-  [[noreturn]] void fail(const std::string& what) const { throw std::runtime_error(std::string(op_) + ": " + what); }
-
-  // The data of an argument after checking its dtype, device and shape.
-  const F* want(const char* name, const Tensor& t, Dims dims) {
-    return static_cast<const F*>(data(name, t, dtype_of<F>, dims));
-  }
-  const F* want(const char* name, const MaybeTensor& t, Dims dims) { return t ? want(name, *t, dims) : nullptr; }
-  const int64_t* want_lengths(const MaybeTensor& t) {
-    if (!t) return nullptr;
-    const auto* lengths = static_cast<const int64_t*>(data("lengths", *t, ScalarType::Long, {"B"}));
-    for (int64_t b = 0; b < B; ++b)
-      if (lengths[b] < 0 || lengths[b] > T)
-        fail("lengths must be within 0 and T=" + std::to_string(T) + ", got " + std::to_string(lengths[b]) +
-             " for row " + std::to_string(b));
-    return lengths;
-  }
-  const bool* want_reset(const MaybeTensor& t) {
-    return t ? static_cast<const bool*>(data("reset", *t, ScalarType::Bool, {"T", "B"})) : nullptr;
-  }
-  // A new result, uninitialised, and its data.
-  Tensor result(Dims dims, F** data) const {
-    int64_t sizes[3];
-    int64_t n = 0;
-    for (const char* dim : dims)
-      if (has(dim)) sizes[n++] = size_of(dim);
-    Tensor t = empty(n, sizes, dtype_of<F>);
-    *data = static_cast<F*>(t.data_ptr());
-    return t;
-  }
-  // The empty (0,) that stands for a result that is not there.
-  Tensor none(F** data) const {
-    const int64_t size = 0;
-    *data = nullptr;
-    return empty(1, &size, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float);
-  }
-  Tensor result_if(bool there, Dims dims, F** data) const { return there ? result(dims, data) : none(data); }
-
- private:
-  const char* op_;
-  bool steps_, slice_;
-  std::vector<Tensor> kept_;
-
-  bool has(const char* dim) const { return *dim == 'T' ? steps_ : *dim != 'L' || slice_; }
-  int64_t size_of(const char* dim) const {
-    const int64_t factor = *dim >= '0' && *dim <= '9' ? *dim++ - '0' : 1;
-    return factor * (*dim == 'T' ? T : *dim == 'B' ? B : *dim == 'I' ? I : *dim == 'H' ? H : *dim == 'L' ? 1 : P);
-  }
-
-  const void* data(const char* name, const Tensor& t, ScalarType dtype, Dims dims) {
-    if (t.scalar_type() != dtype)
-      fail(std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.scalar_type()));
-    if (!t.is_cpu()) fail(std::string(name) + " must be on the CPU, like x");
-    const int64_t n = t.dim();
-    int64_t d = 0;
-    for (const char* dim : dims)
-      if (has(dim) && (d == n || t.size(d++) != size_of(dim))) fail_shape(name, t, dims);
-    if (d != n) fail_shape(name, t, dims);
-    if (t.is_contiguous()) return t.data_ptr();
-    return kept_.emplace_back(torch::stable::contiguous(t)).data_ptr();
-  }
-
-  // "w_hh must be (4H, H) = (1024, 256) because h0 has H=256, got (1024, 128)"
-  [[noreturn]] void fail_shape(const char* name, const Tensor& t, Dims dims) const {
-    std::string letters, sizes, why;
-    for (const char* dim : dims) {
-      if (!has(dim)) continue;
-      letters += (letters.empty() ? "" : ", ") + std::string(dim);
-      sizes += (sizes.empty() ? "" : ", ") + std::to_string(size_of(dim));
-      const char letter[] = {*dim >= '0' && *dim <= '9' ? dim[1] : dim[0], 0};
-      const std::string from = *letter == 'H' ? h_from : *letter == 'P' ? "h0" : "x";
-      const std::string reason = from + " has " + letter + "=" + std::to_string(size_of(letter));
-      if (why.find(reason) == std::string::npos) why += (why.empty() ? "" : " and ") + reason;
-    }
-    const std::string end = dims.size() == 1 ? ",)" : ")";
-    fail(std::string(name) + " must be (" + letters + end + " = (" + sizes + end + " because " + why + ", got " +
-         shape_of(t));
+  Tensor result_if(bool there, Dims dims, F** to) const {
+    return there ? result(dims, to) : none(to, std::is_same_v<F, double> ? ScalarType::Double : ScalarType::Float);
   }
 };
 
@@ -228,19 +128,13 @@ Tensors6 gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, T
   return {dx, dh0, dw_ih, dw_hh, db_ih, db_hh};
 }
 
-template <class F> bool is_relu(const Call<F>& c, const std::string& nonlinearity) {
-  if (nonlinearity != "tanh" && nonlinearity != "relu")
-    c.fail("nonlinearity must be 'tanh' or 'relu', got '" + nonlinearity + "'");
-  return nonlinearity == "relu";
-}
-
 template <class F>
 Tensors2 rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
                      MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity) {
   Call<F> c("rnn_forward", x, h0);
   fr::RnnForward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
-  a.relu = is_relu(c, nonlinearity);
+  a.relu = c.is_relu(nonlinearity);
   Tensor y = c.result({"T", "B", "H"}, &a.y), hn = c.result({"L", "B", "H"}, &a.hn);
   fr::rnn_forward(a);
   return {y, hn};
@@ -253,7 +147,7 @@ Tensors5 rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, T
   Call<F> c("rnn_backward", x, h0);
   fr::RnnBackward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
-  a.relu = is_relu(c, nonlinearity);
+  a.relu = c.is_relu(nonlinearity);
   a.y = c.want("y", y, {"T", "B", "H"});
   a.dy = c.want("dy", dy, {"T", "B", "H"});
   a.dhn = c.want("dhn", dhn, {"L", "B", "H"});

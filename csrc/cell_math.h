@@ -42,8 +42,8 @@ template <class R> FR_HD R if_less(R a, R b, R yes, R no) { return a < b ? yes :
 // x brought to low or to high; NaN stays NaN
 template <class R> FR_HD R at_least(R low, R x) { return x < low ? low : x; }
 template <class R> FR_HD R at_most(R high, R x) { return high < x ? high : x; }
-// 1 / x within 1 ulp for x from 1 to the greatest number; NaN for NaN
-template <class R> FR_HD R reciprocal(R x) { return R(1) / x; }
+// a / b for b from 1 to the greatest number; vectors may round twice
+template <class R> FR_HD R quotient(R a, R b) { return a / b; }
 // The number whose exponent field is the lowest mantissa bits of `shifted` (see expm1_parts)
 FR_HD float exponent_of_low_bits(float shifted) {
   uint32_t u;
@@ -110,30 +110,20 @@ template <class R> FR_HD Expm1Parts<R> expm1_parts(R x) {
   return {exponent_of_low_bits(shifted), fma(r * r, expm1_tail(r, S(0)), r)};
 }
 
-// sigmoid(x) = 1 / sigmoid_under(x) with sigmoid_under = 1 + e^-x, from 1 to 1 + e^exp_most: a sigmoid below that one's
-// reciprocal, which is about the least normal number, is that reciprocal. NaN for NaN.
-template <class R> FR_HD R sigmoid_under(R x) {
+// 1 / (1 + e^-x), within 3 ulp, and within 1 where it is near 1, for gradients have 1 - sigmoid in them; from
+// 1 / (1 + e^exp_most) on, which is about the least normal number. NaN for NaN.
+template <class R> FR_HD R sigmoid(R x) {
   using C = ExpConstants<typename ScalarOf<R>::type>;
   const Expm1Parts<R> e = expm1_parts(at_most(R(C::exp_most), at_least(R(C::exp_least), R(0) - x)));
-  return fma(e.scale, R(1) + e.q, R(1));
+  return quotient(R(1), fma(e.scale, R(1) + e.q, R(1)));
 }
-// tanh(x) = over / under = (1 - e^-2|x|) / (1 + e^-2|x|) with x's sign, through e^u - 1 so that it is relatively
-// accurate near 0 as well; under from 1 to 2. NaN for NaN.
-template <class R> struct TanhParts {
-  R over, under;
-};
-template <class R> FR_HD TanhParts<R> tanh_parts(R x) {
+
+// (1 - e^-2|x|) / (1 + e^-2|x|) with x's sign, through e^u - 1 so that it is within 4 ulp near 0 as well; NaN for NaN.
+template <class R> FR_HD R tanh(R x) {
   using C = ExpConstants<typename ScalarOf<R>::type>;
   const Expm1Parts<R> e = expm1_parts(at_least(R(C::expm1_least), R(-2) * abs(x)));
   const R em1 = fma(e.scale, e.q, e.scale - R(1));
-  return {copysign(em1, x), em1 + R(2)};
-}
-
-// 1 / (1 + e^-x) within 4 ulp, tanh(x) within 5 ulp; also where the steps below take several of them by one reciprocal.
-template <class R> FR_HD R sigmoid(R x) { return reciprocal(sigmoid_under(x)); }
-template <class R> FR_HD R tanh(R x) {
-  const TanhParts<R> t = tanh_parts(x);
-  return t.over * reciprocal(t.under);
+  return quotient(copysign(em1, x), em1 + R(2));
 }
 
 // max(x, 0), NaN for NaN
@@ -145,17 +135,12 @@ template <class R> struct LstmStep {
 };
 template <class R> FR_HD LstmStep<R> lstm_step(R pi, R pf, R pg, R po, R c_prev) {
   LstmStep<R> s;
-  const R i_under = sigmoid_under(pi), o_under = sigmoid_under(po);
-  const TanhParts<R> g = tanh_parts(pg);
-  const R ig_under = reciprocal(i_under * g.under), ig = g.over * ig_under;
-  s.i = g.under * ig_under;
+  s.i = sigmoid(pi);
   s.f = sigmoid(pf);
-  s.g = ig * i_under;
-  s.c = fma(s.f, c_prev, ig);
-  const TanhParts<R> t = tanh_parts(s.c);
-  const R ot_under = reciprocal(o_under * t.under);
-  s.o = t.under * ot_under;
-  s.m = t.over * ot_under;
+  s.g = tanh(pg);
+  s.o = sigmoid(po);
+  s.c = fma(s.f, c_prev, s.i * s.g);
+  s.m = s.o * tanh(s.c);
   return s;
 }
 // dm, dc: gradients that reach m and c from outside this step. Gives those of the pre-activations and of c', and m
@@ -183,11 +168,8 @@ template <class R> struct GruStep {
 template <class R> FR_HD GruStep<R> gru_step(R pr, R pz, R xn, R q, R h_prev) {
   GruStep<R> s;
   s.r = sigmoid(pr);
-  const R z_under = sigmoid_under(pz);
-  const TanhParts<R> n = tanh_parts(fma(s.r, q, xn));
-  const R zn_under = reciprocal(z_under * n.under);
-  s.z = n.under * zn_under;
-  s.n = n.over * (zn_under * z_under);
+  s.z = sigmoid(pz);
+  s.n = tanh(fma(s.r, q, xn));
   s.h = fma(s.z, h_prev - s.n, s.n);
   return s;
 }

@@ -147,12 +147,34 @@ struct Sample {
   Pool pool;
 };
 
-// Draws rows of one vocabulary again and again without allocating; not for two threads at once.
+constexpr int64_t kDrawTile = 256, kDrawGroup = 64;  // columns: the draw's tile, and a quarter of it
+constexpr int64_t kTileGroups = kDrawTile / kDrawGroup;
+
+// Plain draws (no mask, filter, vote or log-probability; scale not 0) from logits that are not kept. A tile that has
+// been weighed is needed no more but for the group that the row's random words fall into.
+struct TileDraw {
+  int64_t V, rows, tiles;
+  float* largest;       // (rows, tiles) of each tile
+  uint64_t* sums;       // (rows, tiles, kTileGroups) of the masses of each group
+  int64_t* group;       // (rows,) the group of the token, -1 where the row has a status
+  uint64_t* threshold;  // (rows,) what the prefix sum of the masses within the group has to exceed
+  float* top;           // (rows,) the largest logit of the group's tile
+};
+
+// Draws rows of one vocabulary again and again without allocating; but for the const members not for two threads at
+// once.
 class Drawer {
  public:
   virtual ~Drawer() = default;
   // Rows begin .. end of a call whose V is the drawer's, whose mode_of is at most the drawer's; its pool is not used.
   virtual void draw(const Sample& call, int64_t begin, int64_t end) = 0;
+  // First: weighs tile t of all rows, whose logits are `stride` apart, with the rows' scales.
+  virtual void weigh_tile(const TileDraw& d, int64_t t, const float* logits, int64_t stride,
+                          const float* scale) const = 0;
+  // Second, when all tiles are weighed: fills group, threshold and top, and the call's status; its logits are not read.
+  virtual void find_groups(const TileDraw& d, const Sample& call) = 0;
+  // Third: the token of a row that has a group, from the logits of the group.
+  virtual int64_t token_in_group(const TileDraw& d, int64_t row, const float* logits, float scale) const = 0;
 };
 std::unique_ptr<Drawer> make_drawer(int64_t V, int64_t mode_of);
 

@@ -8,7 +8,7 @@ returns None or the sentence saying why this backend does not take it. An explic
 Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of
 layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer; and
 ``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu`` and ``cuda``
-(`fastrnn.native`).
+(`fastrnn.native`) and ``triton`` (`fastrnn.graphed`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
+from . import gpu
+from .extension import cuda_kernels_missing, extension_missing, native
 
 CELLS = ("lstm", "gru", "rnn")
 CELL_OPS = tuple(f"{cell}_{way}" for cell in CELLS for way in ("forward", "backward"))
@@ -50,14 +53,17 @@ class Call(NamedTuple):
     needs_grad: bool = False
     training: bool = False
     dropout: bool = False
-    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights; so the next three
-    cell: str = ""
+    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights; so the next two
     vocabulary: int = 0
-    windowed: bool = False
+    window: bool = False  # the last ids are run again for each token
+    cell: str = ""
+    packed: bool = False  # rows of a PackedSequence
+    bidirectional: bool = False
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
-        flags = [name for name in ("lengths", "reset", "projection", "needs_grad") if getattr(self, name)]
+        told = ("packed", "lengths", "reset", "bidirectional", "projection", "needs_grad")
+        flags = [name for name in told if getattr(self, name)]
         sizes = f"T={self.time} B={self.batch} I={self.inputs} H={self.hidden} L={self.layers}"
         if self.op == "generate":
             sizes = f"I={self.inputs} H={self.hidden} L={self.layers}, {self.precision} weights"
@@ -141,55 +147,24 @@ def _refuse_cpu(call: Call) -> str | None:
     return None
 
 
-def _load_extension(library: str, op: str) -> Callable:
-    importlib.import_module("fastrnn._C")
-    return getattr(getattr(torch.ops, library), op).default
-
-
-CUDA_OPS = ("sample", "generate")
-_OWN_SHARED_BYTES = 1024  # of a block's shared memory, which its kernel and CUDA keep beside the network
-
-
-def _refuse_cuda(call: Call) -> str | None:
-    if call.device != "cuda":
-        return f"the CUDA kernels run on a GPU's tensors, these are on {call.device}"
-    if missing := cuda_missing():
-        return missing
-    if call.op not in CUDA_OPS:
-        return f"there are CUDA kernels for {' and '.join(CUDA_OPS)}, none for {call.op}"
-    return _refuse_cuda_loop(call) if call.op == "generate" else None
-
-
-def _refuse_cuda_loop(call: Call) -> str | None:
-    """Why the loop on the GPU, which keeps a network in one multiprocessor, does not take a call."""
-    if call.dtype != torch.float32:
-        return f"the loop on the GPU packs float32 networks, this one is {str(call.dtype).removeprefix('torch.')}"
-    if call.precision == "int8":
-        return "the loop on the GPU has float32 and bfloat16 weights, not int8"
-    if call.windowed:
-        return "the loop on the GPU carries its state from token to token; this network runs a window of ids for each"
-    shared = torch.cuda.get_device_properties().shared_memory_per_block_optin - _OWN_SHARED_BYTES
-    sizes = call.layers, call.hidden, call.vocabulary
-    if needed := function("cuda", "generator_refusal")(call.cell, call.precision, *sizes, shared):
-        return f"the network needs {needed} bytes of the {shared} that one multiprocessor of this GPU has"
-    return None
+def _load_cpu(op: str) -> Callable:
+    return native("fastrnn_cpu", op)
 
 
 TABLE: dict[str, Backend] = {
     "reference": Backend(_refuse_reference, _load_reference),
     "aten": Backend(_refuse_aten, _load_aten),
-    "cpu": Backend(_refuse_cpu, functools.partial(_load_extension, "fastrnn_cpu")),
-    "cuda": Backend(_refuse_cuda, functools.partial(_load_extension, "fastrnn_cuda")),
+    "cpu": Backend(_refuse_cpu, _load_cpu),
+    "triton": Backend(gpu.refuse_triton, gpu.load_triton),
+    "cuda": Backend(gpu.refuse_cuda, gpu.load_cuda),
 }
 
 
 def preference(call: Call) -> tuple[tuple[str, str], ...]:
     """The backends in the order in which an automatic choice asks them, each with the reason for its place."""
+    if call.device == "cuda":
+        return gpu.preference(call)
     last = ("reference", "it takes every call")
-    if call.device == "cuda" and call.op == "sample":
-        return ("cuda", "one CUDA kernel reads the logits and draws"), last
-    if call.device == "cuda" and call.op == "generate":
-        return ("cuda", "the whole loop runs on the GPU"), ("reference", "the loop in Python takes every network")
     if call.op == "generate":
         return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
     if call.op not in CELLS:
@@ -201,29 +176,27 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
 
 
 def _kernels_win(call: Call) -> bool:
-    """Where the C++ kernels beat PyTorch on a CPU over a sequence (bench/results/sequence.csv): everywhere but for the
-    LSTM in training, where oneDNN or MKL are level with them, and a RNN of so few steps that its fixed cost rules.
+    """Where the C++ kernels are no slower than PyTorch on a CPU over a sequence (bench/results/sequence.csv):
+    everywhere but for the LSTM in training that oneDNN does not have, where MKL's products are the faster ones.
     """
-    if not call.needs_grad or call.op == "gru":
+    if call.op != "lstm" or not call.needs_grad or call.dtype == torch.bfloat16:
         return True
-    if call.op == "rnn":
-        return call.time * call.batch * call.hidden > 1024
-    if call.dtype == torch.bfloat16:
-        return True
-    units = call.batch * call.hidden
     in_onednn = call.dtype == torch.float32 and not call.projection
-    return call.batch <= 2 or (units >= 32768 if in_onednn else units <= 4096)
+    return in_onednn or call.batch <= 2 or call.batch * call.hidden <= 4096
 
 
 def _little_work(call: Call) -> bool:
     """Where one step is so little work that PyTorch's fixed cost counts; less often for the LSTM, which oneDNN has.
 
     A single step's cost is Python and dispatch, of which the way to the kernels has less; with a gradient, PyTorch's
-    products are the faster ones for wide states, and its RNN cell is hardly more than they.
+    products are the faster ones for wide states, and its RNN cell is hardly more than they. In bfloat16 PyTorch's
+    products of so few rows are slow.
     """
-    area = call.batch * call.hidden
+    area, half = call.batch * call.hidden, call.dtype == torch.bfloat16
     if not call.needs_grad:
-        return call.batch <= 16 or area <= 4096
+        return half or call.batch <= 16 or area <= 4096
+    if half and call.hidden <= 64:
+        return call.op != "rnn" or call.batch >= 16
     if call.op == "lstm":
         return call.hidden <= 64 and area <= 1024
     return call.op == "gru" and call.hidden <= 128 and area <= 4096
@@ -324,38 +297,10 @@ def pick(call: Call) -> Callable:
     return function(choose(call).backend, call.op)
 
 
-@functools.cache
-def extension_missing() -> str | None:
-    """None when the C++ extension can be loaded, otherwise the sentence that says why not and what to do."""
-    if importlib.util.find_spec("fastrnn._C") is None:
-        return (
-            "the C++ extension is not built; with a C++ compiler, "
-            "`pip install --no-build-isolation -e .` in the source tree builds it"
-        )
-    try:
-        importlib.import_module("fastrnn._C")
-    except (ImportError, OSError) as problem:
-        return f"the C++ extension does not load: {problem}"
-    return None
-
-
-@functools.cache
-def cuda_missing() -> str | None:
-    """None when the CUDA kernels can run, otherwise the sentence that says why not and what to do."""
-    if missing := extension_missing():
-        return missing
-    if not hasattr(torch.ops.fastrnn_cuda, "sample"):
-        return (
-            "the extension is built without CUDA; with nvcc, "
-            "`FASTRNN_CUDA=1 pip install --no-build-isolation -e .` in the source tree builds it"
-        )
-    return None if torch.cuda.is_available() else "torch sees no GPU"
-
-
 def available() -> dict[str, str | None]:
     """Each backend's name with None when it can run on this machine, or the sentence that says why not."""
-    missing = {"cpu": extension_missing, "cuda": cuda_missing}
-    return {name: missing[name]() if name in missing else None for name in TABLE}
+    absent = {"cpu": extension_missing, "triton": gpu.triton_absent, "cuda": cuda_kernels_missing}
+    return {name: absent[name]() if name in absent else None for name in TABLE}
 
 
 # --- explaining -----------------------------------------------------------------------------------------------------

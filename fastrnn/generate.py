@@ -13,13 +13,14 @@ from torch import Tensor
 
 from . import backends
 from .engine import Engine
+from .graphed import DeviceNetwork, GraphedEngine
 from .inference import Inference
 from .native import NativeEngine, PackedNetwork
 from .network import Network
 from .request import Completion, Request, check_request
 from .sequence import SequenceState
 
-Runner = Inference | PackedNetwork
+Runner = Inference | PackedNetwork | DeviceNetwork
 
 
 def precision_of(dtype: torch.dtype | None, quantize: str | None) -> str:
@@ -38,7 +39,8 @@ def precision_of(dtype: torch.dtype | None, quantize: str | None) -> str:
 
 
 def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> Runner:
-    """The network's weights as they are now, ready to run: packed for the loop in C++ or on a GPU, or for Python.
+    """The network's weights as they are now, ready to run: packed for the loop in C++ or in CUDA, in the tensors of the
+    loop of Triton kernels, or for the loop in Python.
 
     dtype=torch.bfloat16 rounds the weights and quantize="int8" gives them 8 bits and a scale per row, with float32
     sums and state; None keeps the network's own numbers. `BackendRefusal` where no backend runs that.
@@ -46,21 +48,25 @@ def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize:
     precision, weight = precision_of(dtype, quantize), network.head.weight
     call = backends.Call(
         "generate", weight.device.type, weight.dtype, 1, 1, network.config.input_size, network.config.hidden_size,
-        network.config.num_layers, precision=precision, cell=network.config.cell,
-        vocabulary=network.config.vocab_size, windowed=network.config.state == "window",
+        network.config.num_layers, precision=precision, vocabulary=network.config.vocab_size,
+        window=network.config.state == "window", cell=network.config.cell,
     )  # fmt: skip
     backend = backends.choose(call).backend
-    return PackedNetwork(network, precision, backend) if backend in ("cpu", "cuda") else Inference(network)
+    if backend in ("cpu", "cuda"):
+        return PackedNetwork(network, precision, backend)
+    return DeviceNetwork(network) if backend == "triton" else Inference(network)
 
 
 def make_engine(
     runner: Runner, requests: Iterable[Request], batch_size: int | None = None, *, events: bool = True
-) -> Engine | NativeEngine:
+) -> Engine | NativeEngine | GraphedEngine:
     """The loop of a runner. ``events``: whether the caller looks at each token as it comes."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(runner, PackedNetwork):
         return NativeEngine(runner, requests, batch_size, events=events)
+    if isinstance(runner, DeviceNetwork):
+        return GraphedEngine(runner, requests, batch_size, events=events)
     return Engine(runner, requests, batch_size)
 
 

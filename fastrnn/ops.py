@@ -143,7 +143,8 @@ def stack(
             cell, x.device.type, dtype, time, batch, x.shape[-1], states[-1].shape[-1], layers=num_layers,
             lengths=lengths is not None, reset=reset is not None, needs_grad=needs_grad,
             projection=len(weights) > states[0].shape[0] * (2 + 2 * bias), training=training,
-            dropout=dropout > 0 and training, transform=transform(),
+            dropout=dropout > 0 and training, packed=batch_sizes is not None, bidirectional=bidirectional,
+            transform=transform(),
         )  # fmt: skip
         if backends.choose(call).backend == "aten":
             options = (bias, num_layers, dropout, training, bidirectional, batch_sizes)

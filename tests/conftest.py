@@ -1,5 +1,6 @@
 """Settings shared by every test: seeds, threads, marks, and the fixtures that know where optional data lives."""
 
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
@@ -11,6 +12,17 @@ import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What cuBLAS needs to be deterministic, read when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Triton decides when it is imported whether kernels are compiled or interpreted; without a GPU they are interpreted
+# here, and are compiled in processes of their own.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
 
 # Derandomised: a failure on one machine is a failure on every machine, today and tomorrow. No deadline: the machine may
 # be busy, and the speed of a test is no property of the code under test.
@@ -68,3 +80,13 @@ def shakespeare(shared_data: Path) -> Path:
     if not found:
         pytest.skip("needs a file *shakespeare*.txt in ../shared/data, or FASTRNN_TEST_DATA=folder that has one")
     return found[0]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a Triton kernel runs: compiled on a GPU, or interpreted on the CPU where there is none."""
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        pytest.skip("TRITON_INTERPRET=1 on a machine without a GPU runs this")
+    torch.use_deterministic_algorithms(True)  # this is what fills uninitialised memory with NaN
+    yield request.param
+    torch.use_deterministic_algorithms(False)

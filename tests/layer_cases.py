@@ -59,15 +59,22 @@ def outcome(module: nn.Module, input, hx, dtype: torch.dtype, gradients: bool = 
     if not gradients:
         return outputs
     generator = torch.Generator().manual_seed(7)
-    loss = sum((out * torch.randn(out.shape, generator=generator).to(dtype)).sum() for out in outputs)
+    loss = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
     wanted = [*flat(input), *flat(hx), *module.parameters()]
     return [*outputs, *torch.autograd.grad(loss, wanted, materialize_grads=True)]
 
 
 def assert_same(
-    theirs: nn.Module, ours: nn.Module, input, hx=None, dtype=torch.float64, gradients: bool = True, **kwargs
+    theirs: nn.Module,
+    ours: nn.Module,
+    input,
+    hx=None,
+    dtype=torch.float64,
+    gradients: bool = True,
+    one_scale: bool = False,
+    **kwargs,
 ) -> None:
     """Hold our outputs, states and every gradient to torch.nn's in float64, by torch.nn's own error in `dtype`."""
     expected = outcome(theirs, input, hx, torch.float64, gradients)
     plain = None if dtype == torch.float64 else outcome(theirs, input, hx, dtype, gradients)
-    assert_all_close(outcome(ours, input, hx, dtype, gradients, **kwargs), expected, plain, f"{ours}")
+    assert_all_close(outcome(ours, input, hx, dtype, gradients, **kwargs), expected, plain, f"{ours}", one_scale)

@@ -12,9 +12,11 @@ import pickle
 import pytest
 import torch
 from layer_cases import CELLS, LAYERS, flat
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 from fastrnn import layers
+
+pytest.importorskip("expecttest", reason="needs what torch.testing._internal imports: pip install expecttest")
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in LAYERS + CELLS}
 NAMES = [*LAYERS, *CELLS]

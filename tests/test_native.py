@@ -295,9 +295,4 @@ def test_fewer_bits_cost_little_and_are_counted() -> None:
     network = make(60, hidden_size=64, sharpen=8)
     costs = {name: precision_cost(network, **options) for name, options in PRECISIONS.items()}
     assert abs(costs["float32"]) < 1e-5
-    assert 1e-7 < costs["bfloat16"] < costs["int8"] < 0.1
-
-
-def test_int8_refuses_a_state_without_bounds() -> None:
-    with pytest.raises(ValueError, match="relu"):
-        run(make(cell="rnn_relu"), requests(1), quantize="int8")
+    assert all(1e-7 < abs(costs[name]) < 0.01 for name in ("bfloat16", "int8"))

@@ -27,6 +27,7 @@ FR_INLINE Vec<float> rounded(Vec<float> h, const bf16*) { return nearest_bfloat1
 template <class Weight> struct CellPanel {
   const LayerJob& job;
   const Weight *input, *hidden;  // this panel's weights
+  const Weight* next;            // what is read after them, or null
   const float *bias, *bias_q;
   int64_t p;
 
@@ -134,9 +135,10 @@ template <int NV, class Tile> FR_INLINE void even_tiles(int64_t rows, const Tile
   }
 }
 
-// sums[m] += a[m] w for MR rows, over K of each.
+// sums[m] += a[m] w for MR rows, over K of each; K vectors are asked for at `next`.
 template <int NV, int MR, class Weight>
-static void add_tile(const Weight* w, int64_t K, const char* a, int64_t row, float* sums, int64_t sums_row) {
+static void add_tile(const Weight* w, int64_t K, const char* a, int64_t row, float* sums, int64_t sums_row,
+                     const Weight* next) {
   using V = Vec<float>;
   V acc[MR][NV];
   const float* rows[MR];
@@ -146,7 +148,7 @@ static void add_tile(const Weight* w, int64_t K, const char* a, int64_t row, flo
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) acc[m][n] = V::load(sums + m * sums_row + n * V::width);
   }
-  panel_product<float, MR, 1, NV>(w, 0, rows, K, acc);
+  panel_product<float, MR, 1, NV>(w, 0, rows, K, acc, next);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
@@ -156,17 +158,23 @@ static void add_tile(const Weight* w, int64_t K, const char* a, int64_t row, flo
 constexpr int64_t kStretchBytes = 24 << 10;  // of weights: half of an L1 cache
 constexpr int64_t kGroupRows = 48;           // whose sums stay there meanwhile
 
-// sums[r] += a[r] w for one panel, a stretch of k at a time: it comes from L2 once and meets all the rows in L1.
+// sums[r] += a[r] w for one panel, a stretch of k at a time: it comes from L2 once and meets all the rows in L1. While
+// they meet, the tiles of rows ask for the next stretch, a share each; `after` (or null) is what follows the last one.
 template <int NV, class Weight>
 static void add_panel(const Weight* w, int64_t K, const char* a, int64_t row, int64_t rows, float* sums,
-                      int64_t sums_row) {
-  constexpr int64_t width = NV * Vec<float>::width;
+                      int64_t sums_row, const Weight* after) {
+  constexpr int64_t W = Vec<float>::width, width = NV * W;
   constexpr int64_t step = kStretchBytes / (width * static_cast<int64_t>(sizeof(Weight)));
-  for (int64_t k = 0; k < K; k += step)
+  for (int64_t k = 0; k < K; k += step) {
+    const int64_t count = K - k < step ? K - k : step;
+    const Weight* next = k + count < K ? w + (k + count) * width : after;
+    int64_t share = 0;
     even_tiles<NV>(rows, [&](auto size, int64_t r) {
-      add_tile<NV, decltype(size)::value>(w + k * width, K - k < step ? K - k : step, a + r * row + k * 4, row,
-                                          sums + r * sums_row, sums_row);
+      const Weight* wanted = next && share < NV ? next + share++ * count * W : nullptr;
+      add_tile<NV, decltype(size)::value>(w + k * width, count, a + r * row + k * 4, row, sums + r * sums_row, sums_row,
+                                          wanted);
     });
+  }
 }
 
 // Rows r .. r + rows (at most kGroupRows) of one panel that does not fit L1.
@@ -182,14 +190,14 @@ static void cell_group(const CellPanel<Weight>& panel, int64_t first, int64_t ro
       V::load(panel.start(first + r, products, width) + n * V::width).store(sums[r] + n * V::width);
   if (job.a1)
     add_panel<NV>(panel.input, job.layer->input.K, reinterpret_cast<const char*>(panel.a1(first)), job.row1, rows,
-                  sums[0], width);
+                  sums[0], width, panel.hidden);
   if constexpr (C == Cell::gru)
     for (int64_t r = 0; r < rows; ++r) {
       V::load(sums[r] + 2 * V::width).store(xn[r]);
       V::load(panel.bias_q).store(sums[r] + 2 * V::width);
     }
   add_panel<NV>(panel.hidden, job.layer->hidden.K, reinterpret_cast<const char*>(panel.a2(first)), job.network->row,
-                rows, sums[0], width);
+                rows, sums[0], width, panel.next);
   for (int64_t r = 0; r < rows; ++r) {
     V acc[NV];
 #pragma GCC unroll 4
@@ -212,9 +220,10 @@ template <Cell C, class Weight> static void cell_layer(const LayerJob& job, Part
   const int64_t bytes = ((job.a1 ? in.K : 0) + hidden.K) * NV * W * static_cast<int64_t>(sizeof(Weight));
   const bool grouped = job.rows > tile_rows<NV>() && bytes > kStretchBytes;
   for (int64_t p = part.begin(hidden.count); p < end; ++p) {
-    CellPanel<Weight> panel{job, nullptr, nullptr, nullptr, nullptr, p};
+    CellPanel<Weight> panel{job, nullptr, nullptr, nullptr, nullptr, nullptr, p};
     panel.input = in.weights.as<Weight>() + p * in.K * NV * W;
     panel.hidden = hidden.weights.as<Weight>() + p * hidden.K * NV * W;
+    if (p + 1 < end) panel.next = job.a1 ? panel.input + in.K * NV * W : panel.hidden + hidden.K * NV * W;
     panel.bias = job.layer->bias.as<float>() + p * NV * W;
     panel.bias_q = job.layer->bias_q.as<float>() + p * W;
     if (job.rows == 1 && p + 1 < end) {
@@ -239,7 +248,7 @@ template <class Weight> static void layer(const LayerJob& job, Part part) {
 }
 
 template <int NV, int MR, class Weight>
-static void linear_tile(const LinearJob& job, const Weight* w, int64_t column, int64_t r) {
+static void linear_tile(const LinearJob& job, const Weight* w, const Weight* next, int64_t column, int64_t r) {
   using V = Vec<float>;
   V acc[MR][NV];
   const float* a[MR];
@@ -249,7 +258,9 @@ static void linear_tile(const LinearJob& job, const Weight* w, int64_t column, i
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) acc[m][n] = V::load(job.bias + column + n * V::width);
   }
-  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc);
+  const int64_t share = r / MR;  // of the next panel, for which the tile asks meanwhile
+  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc,
+                                  next && share < NV ? next + share * job.panels->K * V::width : nullptr);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
@@ -258,13 +269,14 @@ static void linear_tile(const LinearJob& job, const Weight* w, int64_t column, i
 
 // Rows first .. first + rows (at most kGroupRows) of one panel that does not fit L1.
 template <int NV, class Weight>
-static void linear_group(const LinearJob& job, const Weight* w, int64_t column, int64_t first, int64_t rows) {
+static void linear_group(const LinearJob& job, const Weight* w, const Weight* next, int64_t column, int64_t first,
+                         int64_t rows) {
   using V = Vec<float>;
   alignas(64) float sums[kGroupRows][NV * V::width];
   for (int64_t r = 0; r < rows; ++r)
     for (int n = 0; n < NV; ++n) V::load(job.bias + column + n * V::width).store(sums[r] + n * V::width);
   add_panel<NV>(w, job.panels->K, static_cast<const char*>(job.a) + first * job.row, job.row, rows, sums[0],
-                NV * V::width);
+                NV * V::width, next);
   for (int64_t r = 0; r < rows; ++r)
     for (int n = 0; n < NV; ++n)
       V::load(sums[r] + n * V::width).store(job.out + (first + r) * job.out_row + column + n * V::width);
@@ -283,13 +295,14 @@ template <int NV, class Weight> static void linear_panels(const LinearJob& job, 
       job.rows > tile_rows<NV>() && m.K * width * static_cast<int64_t>(sizeof(Weight)) > kStretchBytes * 3 / 2;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t p = job.backwards ? end - 1 - (i - begin) : i;
-    const Weight* w = m.weights.as<Weight>() + p * m.K * width;
+    const Weight *w = m.weights.as<Weight>() + p * m.K * width, *next = nullptr;
+    if (i + 1 < end) next = job.backwards ? w - m.K * width : w + m.K * width;
     if (grouped)
       for (int64_t r = 0; r < job.rows; r += kGroupRows)
-        linear_group<NV>(job, w, p * width, r, job.rows - r < kGroupRows ? job.rows - r : kGroupRows);
+        linear_group<NV>(job, w, next, p * width, r, job.rows - r < kGroupRows ? job.rows - r : kGroupRows);
     else
       even_tiles<NV>(job.rows,
-                     [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, p * width, r); });
+                     [&](auto size, int64_t r) { linear_tile<NV, decltype(size)::value>(job, w, next, p * width, r); });
   }
 }
 template <class Weight> static void linear(const LinearJob& job, Part part) {
@@ -301,8 +314,7 @@ template <class Weight> static void linear(const LinearJob& job, Part part) {
   }
 }
 
-template <class Weight>
-static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, const float*, Panels& out) {
+template <class Weight> static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
   constexpr int64_t W = Vec<float>::width;
   const int64_t elements = out.count * out.vectors * W * K;
   Memory plain(elements * 4);
@@ -318,11 +330,11 @@ static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, co
   }
 }
 
-template <class Weight> static void to_activations(const float* from, int64_t n, void* to) {
+template <class Weight> static void to_activations(const float* from, int64_t n, void* to, int64_t) {
   for (int64_t i = 0; i < n; ++i)
     static_cast<float*>(to)[i] = sizeof(Weight) == 4 ? from[i] : widen(to_bfloat16(from[i]));
 }
-static void from_activations(const void* from, int64_t n, float* to) {
+static void from_activations(const void* from, int64_t, int64_t n, float* to) {
   __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
 }
 

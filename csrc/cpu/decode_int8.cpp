@@ -1,7 +1,8 @@
 // The products of the generation loop with int8 weights and activations for processors without matrix tiles: the same
-// quantisation as decode_tiles.cpp, sums in int32, gates and state in float32 by cell_math.h. The sums are exact, so
-// they are those of the tiles; the tiles' gates have 12 bits (quick_gates.h), so the states after them are not. This
-// file compiles itself once per instruction set (each_isa.h).
+// quantisation as decode_tiles.cpp, a scale for every row of weights and for every row of activations, sums in int32,
+// gates and state in float32 by cell_math.h. The sums are exact, so they are those of the tiles; the tiles' gates have
+// 12 bits (quick_gates.h), so the states after them are not. This file compiles itself once per instruction set
+// (each_isa.h).
 #ifndef FR_ISA
 
 #include <cstdint>
@@ -23,8 +24,6 @@ namespace FR_ISA {
 // Two neighbours of k are multiplied as 16-bit numbers and added in one instruction, so they lie side by side: a panel
 // is w[k / 2][vector][lane][k % 2].
 constexpr int64_t kPair = 2;
-
-typedef int8_t Bytes __attribute__((vector_size(FR_VEC_BYTES / 4)));
 
 // W sums of int32.
 struct Sums {
@@ -87,90 +86,88 @@ FR_INLINE void int8_product(const int8_t* w, const int8_t* const (&a)[MR], int64
   }
 }
 
-// Sums that a job has stored in the place of floats.
-FR_INLINE Sums load_sums(const float* from) {
-  Sums s;
-  __builtin_memcpy(&s.v, from, sizeof s.v);
-  return s;
-}
-FR_INLINE void store_sums(Sums s, float* to) { __builtin_memcpy(to, &s.v, sizeof s.v); }
-
-// Activations of a state within -1 .. 1.
-FR_INLINE int8_t to_int8(float h) {
-  const float x = h > 1.0f ? 1.0f : h > -1.0f ? h : -1.0f;  // NaN, which int8 has not, is -1
-  return static_cast<int8_t>(__builtin_rintf(x * 127.0f));
-}
-FR_INLINE void store_int8(Vec<float> h, int8_t* to) {
-  const Vec<float> one(1), shift(12582912.0f);  // 1.5 * 2^23: adding it rounds and leaves the integer in the low bits
-  h = if_less(Vec<float>(-1), h, h, Vec<float>(-1));
-  h = if_less(h, one, h, one) * Vec<float>(127) + shift;
-  const Bytes bytes = __builtin_convertvector(bits_of(h) - bits_of(shift), Bytes);
-  __builtin_memcpy(to, &bytes, sizeof bytes);
+// base + what the sums of a panel's vector are worth. A layer's products with its input are the same numbers, whether
+// a LinearJob has made them or the layer itself.
+FR_INLINE Vec<float> add_worth(Sums sums, const Panels& panels, int64_t column, float row_worth, Vec<float> base) {
+  return fma(sums.to_float(), Vec<float>::load(panels.scale.as<float>() + column) * Vec<float>(row_worth), base);
 }
 
 template <Cell C> constexpr int panel_vectors = C == Cell::gru ? 3 : 4;
 
-// The state of one row's units of panel p from the sums with the hidden state, and (GRU: apart) with the input.
+// The state of one row's units of panel p from the pre-activations, of the GRU's n: the part of the input and q.
 template <Cell C>
-FR_INLINE void int8_finish(const LayerJob& job, int64_t p, int64_t r, const Sums* hidden, Sums input_n) {
+FR_INLINE void int8_finish(const LayerJob& job, int64_t p, int64_t r, const Vec<float>* x, Vec<float> q) {
   using V = Vec<float>;
   constexpr int NV = panel_vectors<C>;
   constexpr int64_t W = V::width;
-  const int64_t products = job.layer->hidden.count * NV * W, first = p * NV * W;
-  const float *scale = job.layer->hidden.scale.as<float>() + first, *bias = job.layer->bias.as<float>() + first;
-  if (job.table) bias = job.init + job.index[r] * products + first;
-  int8_t* out = static_cast<int8_t*>(job.out) + r * job.network->row;
-  const auto sum = [&](Sums s, int n) { return s.to_float() * V::load(scale + n * W) + V::load(bias + n * W); };
-  if constexpr (C == Cell::lstm) {
+  float* out = job.states + r * job.network->padded;
+  if constexpr (C == Cell::lstm || C == Cell::gru) {
     float* carry = job.carry + (p * job.carry_rows + r) * W;
-    const LstmStep<V> s =
-        lstm_step(sum(hidden[0], 0), sum(hidden[1], 1), sum(hidden[2], 2), sum(hidden[3], 3), V::load(carry));
-    s.c.store(carry);
-    store_int8(s.m, out + p * W);
-  } else if constexpr (C == Cell::gru) {
-    float* carry = job.carry + (p * job.carry_rows + r) * W;
-    const V q = hidden[2].to_float() * V::load(scale + 2 * W) + V::load(job.layer->bias_q.as<float>() + p * W);
-    const GruStep<V> s = gru_step(sum(hidden[0], 0), sum(hidden[1], 1), sum(input_n, 2), q, V::load(carry));
-    s.h.store(carry);
-    store_int8(s.h, out + p * W);
+    if constexpr (C == Cell::lstm) {
+      const LstmStep<V> s = lstm_step(x[0], x[1], x[2], x[3], V::load(carry));
+      s.c.store(carry);
+      s.m.store(out + p * W);
+    } else {
+      const GruStep<V> s = gru_step(x[0], x[1], x[2], q, V::load(carry));
+      s.h.store(carry);
+      s.h.store(out + p * W);
+    }
   } else {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store_int8(rnn_step(sum(hidden[n], n), false), out + first + n * W);
+    for (int n = 0; n < NV; ++n) rnn_step(x[n], C == Cell::rnn_relu).store(out + (p * NV + n) * W);
   }
 }
 
 // Rows r .. r + MR of panel p.
 template <Cell C, int MR> static void int8_cell_tile(const LayerJob& job, int64_t p, int64_t r) {
+  using V = Vec<float>;
   constexpr int NV = panel_vectors<C>;
-  constexpr int64_t W = Vec<float>::width;
+  constexpr int64_t W = V::width;
   const Panels &in = job.layer->input, &hidden = job.layer->hidden;
-  const int8_t *a1[MR], *a2[MR];
-  Sums sums[MR][NV], input_n[MR];
+  const int64_t first = p * NV * W, products = hidden.count * NV * W;
+  const int8_t* a[MR];
+  V x[MR][NV];
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
-    a1[m] = job.a1 ? static_cast<const int8_t*>(job.a1) + (r + m) * job.row1 : nullptr;
-    a2[m] = static_cast<const int8_t*>(job.a2) + (r + m) * job.network->row;
-    const bool stored = job.init && !job.table;
+    const float* init =
+        job.init ? job.init + (job.index ? job.index[r + m] : r + m) * products : job.layer->bias.template as<float>();
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n)
-      sums[m][n] = stored ? load_sums(job.init + (r + m) * hidden.count * NV * W + (p * NV + n) * W) : Sums{};
+    for (int n = 0; n < NV; ++n) x[m][n] = V::load(init + first + n * W);
   }
-  if (job.a1) int8_product<MR, NV>(in.weights.as<int8_t>() + p * in.K * NV * W, a1, in.K, sums);
+  if (job.a1) {
+    Sums sums[MR][NV] = {};
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) a[m] = static_cast<const int8_t*>(job.a1) + (r + m) * job.row1;
+    int8_product<MR, NV>(in.weights.template as<int8_t>() + p * in.K * NV * W, a, in.K, sums);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n)
+        x[m][n] = add_worth(sums[m][n], in, first + n * W, row_scale(a[m], job.row1), x[m][n]);
+  }
+  const int64_t row = job.network->row;
+  Sums sums[MR][NV] = {};
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) a[m] = static_cast<const int8_t*>(job.a2) + (r + m) * row;
+  int8_product<MR, NV>(hidden.weights.template as<int8_t>() + p * hidden.K * NV * W, a, hidden.K, sums);
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
-    input_n[m] = sums[m][2];
-    if constexpr (C == Cell::gru) sums[m][2] = Sums{};
-  }
-  int8_product<MR, NV>(hidden.weights.as<int8_t>() + p * hidden.K * NV * W, a2, hidden.K, sums);
+    V q(0);
 #pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) int8_finish<C>(job, p, r + m, sums[m], input_n[m]);
+    for (int n = 0; n < NV; ++n) {
+      const bool apart = C == Cell::gru && n == 2;
+      const V base = apart ? V::load(job.layer->bias_q.template as<float>() + p * W) : x[m][n];
+      (apart ? q : x[m][n]) = add_worth(sums[m][n], hidden, first + n * W, row_scale(a[m], row), base);
+    }
+    int8_finish<C>(job, p, r + m, x[m], q);
+  }
 }
 
-// Owns:   out and carry of all rows for the panels of `part`.
+// Owns:   states and carry of all rows for the panels of `part`.
 // Keeps:  the sums of a tile of rows; a unit's gates never leave the registers.
 // Moves:  a panel once per tile of four rows (two below AVX-512), the activations once per panel.
-// Syncs:  nothing: the caller waits for all parts before the next layer.
-// Limits: states within -1 .. 1, sums within int32: pack_network refuses others.
+// Syncs:  nothing: the caller waits for all parts, then makes the activations, whose scale is of the whole row.
+// Limits: sums within int32: pack_network refuses others.
 template <Cell C> static void int8_cell_layer(const LayerJob& job, Part part) {
   constexpr int most = FR_VEC_BYTES == 64 ? 4 : 2;
   const int64_t end = part.end(job.layer->hidden.count);
@@ -184,7 +181,8 @@ static void int8_layer(const LayerJob& job, Part part) {
   switch (job.network->cell) {
     case Cell::lstm: return int8_cell_layer<Cell::lstm>(job, part);
     case Cell::gru: return int8_cell_layer<Cell::gru>(job, part);
-    default: return int8_cell_layer<Cell::rnn_tanh>(job, part);  // relu has no int8
+    case Cell::rnn_tanh: return int8_cell_layer<Cell::rnn_tanh>(job, part);
+    case Cell::rnn_relu: return int8_cell_layer<Cell::rnn_relu>(job, part);
   }
 }
 
@@ -192,24 +190,17 @@ template <int NV, int MR> static void int8_linear_tile(const LinearJob& job, int
   using V = Vec<float>;
   const Panels& panels = *job.panels;
   const int8_t* a[MR];
-  Sums sums[MR][NV];
+  Sums sums[MR][NV] = {};
 #pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) {
-    a[m] = static_cast<const int8_t*>(job.a) + (r + m) * job.row;
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) sums[m][n] = Sums{};
-  }
+  for (int m = 0; m < MR; ++m) a[m] = static_cast<const int8_t*>(job.a) + (r + m) * job.row;
   int8_product<MR, NV>(panels.weights.as<int8_t>() + p * panels.K * NV * V::width, a, panels.K, sums);
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) {
       const int64_t column = (p * NV + n) * V::width;
-      float* out = job.out + (r + m) * job.out_row + column;
-      if (job.stored)
-        store_sums(sums[m][n], out);
-      else
-        fma(sums[m][n].to_float(), V::load(panels.scale.as<float>() + column), V::load(job.bias + column)).store(out);
+      add_worth(sums[m][n], panels, column, row_scale(a[m], job.row), V::load(job.bias + column))
+          .store(job.out + (r + m) * job.out_row + column);
     }
 }
 
@@ -237,7 +228,7 @@ static void int8_linear(const LinearJob& job, Part part) {
   }
 }
 
-static void int8_pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, const float* largest, Panels& out) {
+static void int8_pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
   constexpr int64_t W = Vec<float>::width;
   out.weights = Memory(out.count * out.vectors * W * out.K);
   out.scale = Memory(out.count * out.vectors * W * 4);
@@ -246,22 +237,16 @@ static void int8_pack(const float* w, int64_t rows, int64_t K, int64_t unit_gate
       for (int64_t lane = 0; lane < W; ++lane) {
         const int64_t row = panel_row(p, n, lane, W, out.vectors, rows, unit_gates);
         if (row < 0) continue;  // stays zero
-        const float most = largest[row], scale = most > 0 ? 127.0f / most : 0.0f;
-        out.scale.as<float>()[(p * out.vectors + n) * W + lane] = most / (127.0f * 127.0f);
-        for (int64_t k = 0; k < K; ++k) {
-          const int64_t pair = (p * out.K / kPair + k / kPair) * out.vectors + n;
-          out.weights.as<int8_t>()[(pair * W + lane) * kPair + k % kPair] =
-              static_cast<int8_t>(__builtin_rintf(w[row * K + k] * scale));
-        }
+        out.scale.as<float>()[(p * out.vectors + n) * W + lane] =
+            to_int8_weights(w + row * K, K, [&](int64_t k, int8_t integer) {
+              const int64_t pair = (p * out.K / kPair + k / kPair) * out.vectors + n;
+              out.weights.as<int8_t>()[(pair * W + lane) * kPair + k % kPair] = integer;
+            });
       }
 }
 
-static void int8_activations(const float* from, int64_t n, void* to) {
-  for (int64_t i = 0; i < n; ++i) static_cast<int8_t*>(to)[i] = to_int8(from[i]);
-}
-static void int8_floats(const void* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(static_cast<const int8_t*>(from)[i]) / 127.0f;
-}
+static void int8_activations(const float* from, int64_t n, void* to, int64_t row) { to_int8_row(from, n, to, row); }
+static void int8_floats(const void* from, int64_t row, int64_t n, float* to) { from_int8_row(from, row, n, to); }
 
 static const DecoderKernels& int8_decoder(Precision) {
   static constexpr DecoderKernels kernels = {Vec<float>::width, 1,          kPair, int8_pack, int8_layer, int8_linear,

@@ -1,5 +1,7 @@
 // The products of the generation loop on matrix tiles (AMX): bfloat16 or int8 weights and activations, sums in float32
-// or int32, gates and state in float32. A row's numbers are the same whatever rows share its tiles.
+// or int32, gates and state in float32. A row's numbers are the same whatever rows share its tiles. Of int8, every row
+// of weights and every row of activations has a scale of its own, so the sums with the input and those with the state
+// are kept apart until both are float32.
 #ifndef FR_ISA
 
 #include <cmath>
@@ -17,27 +19,11 @@
 #include "activations.h"
 #include "tile_shape.h"
 #include "tile_block.h"
+#include "tile_linear.h"
 #include "quick_gates.h"
 
 namespace fr {
 namespace FR_ISA {
-
-// The sums of a block with one panel, and the block they are of.
-struct Block {
-  alignas(64) float sums[4][kBlockRows][kLanes];
-  int64_t p, r, rows;  // panel, first row
-  int64_t done;        // rows whose state is computed
-};
-
-template <class T, int NV> static FR_INLINE Operand operand(const Panels& m, const void* a, int64_t row, int64_t p) {
-  if (!a) return {nullptr, 0, nullptr, 0};
-  const int64_t blocks = m.K / (T::group * kTileRows);
-  return {static_cast<const char*>(a), row, m.weights.as<char>() + p * blocks * NV * kTileBytes, blocks};
-}
-static FR_INLINE Operand rows_from(Operand o, int64_t r) {
-  o.a += r * o.row;
-  return o;
-}
 
 // Everything a layer's panel needs to turn sums into state.
 template <class T, Cell C> struct Finisher {
@@ -45,34 +31,45 @@ template <class T, Cell C> struct Finisher {
   const LayerJob& job;
   int64_t products;  // elements of a row of init
 
-  // The pre-activations of vector v of row i of a block; sums 3 of the GRU are q, which begins at its own bias.
-  FR_INLINE __m512 products_of(const Block& b, int64_t i, int v) const {
-    __m512 x = _mm512_load_ps(b.sums[v][i]);
+  // The products with the input and the bias: where the sums of vector v of row i begin.
+  FR_INLINE __m512 input_of(const Block& b, int64_t i, int v, float worth1) const {
+    const int64_t at = (b.p * NV + v) * kLanes;
+    if (job.init) return _mm512_loadu_ps(job.init + (job.index ? job.index[b.r + i] : b.r + i) * products + at);
+    const __m512 bias = _mm512_load_ps(job.layer->bias.template as<float>() + at);
+    return job.a1 ? add_worth(b.input[v][i], job.layer->input, at, worth1, bias) : bias;
+  }
+  // The pre-activations of vector v of row i of a block, from the worth of the integers of its two activations; number
+  // 3 of the GRU is q, which begins at its own bias.
+  FR_INLINE __m512 products_of(const Block& b, int64_t i, int v, float worth1, float worth2) const {
     const bool q = C == Cell::gru && v == 3;
     const int64_t at = (b.p * NV + (q ? 2 : v)) * kLanes;
     if constexpr (T::is_int8) {
-      const float* scale = job.layer->hidden.scale.template as<float>() + at;
-      x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(x)), _mm512_load_ps(scale));
+      if (C == Cell::gru && v == 2) return input_of(b, i, v, worth1);
+      const __m512 base =
+          q ? _mm512_load_ps(job.layer->bias_q.template as<float>() + b.p * kLanes) : input_of(b, i, v, worth1);
+      return add_worth(b.sums[q ? 2 : v][i], job.layer->hidden, at, worth2, base);
     }
-    if (q) return T::is_int8 ? _mm512_add_ps(x, _mm512_load_ps(job.layer->bias_q.as<float>() + b.p * kLanes)) : x;
-    if (job.table)
-      x = _mm512_add_ps(x, _mm512_loadu_ps(job.init + job.index[b.r + i] * products + at));
-    else if constexpr (T::is_int8)
-      x = _mm512_add_ps(x, _mm512_load_ps(job.layer->bias.as<float>() + at));
-    return x;
+    const __m512 x = _mm512_load_ps(b.sums[v][i]);
+    if (!job.table || q) return x;
+    return _mm512_add_ps(x, _mm512_loadu_ps(job.init + job.index[b.r + i] * products + at));
   }
   FR_INLINE void store(int64_t row, int64_t unit, __m512 h) const {
-    char* out = static_cast<char*>(job.out) + row * job.network->row + unit * (T::is_int8 ? 1 : 2);
     if constexpr (T::is_int8) {
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(h, _mm512_set1_ps(127.0f)));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(whole));
+      _mm512_storeu_ps(job.states + row * job.network->padded + unit, h);
     } else {
+      char* out = static_cast<char*>(job.out) + row * job.network->row + unit * 2;
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(h));
     }
   }
   FR_INLINE void row(const Block& b, int64_t i) const {
-    const __m512 x0 = products_of(b, i, 0), x1 = products_of(b, i, 1), x2 = products_of(b, i, 2),
-                 x3 = products_of(b, i, 3);
+    float worth1 = 0, worth2 = 0;
+    if constexpr (T::is_int8) {
+      const int64_t r = b.r + i, bytes = job.network->row;
+      if (job.a1) worth1 = row_scale(static_cast<const char*>(job.a1) + r * job.row1, job.row1);
+      worth2 = row_scale(static_cast<const char*>(job.a2) + r * bytes, bytes);
+    }
+    const __m512 x0 = products_of(b, i, 0, worth1, worth2), x1 = products_of(b, i, 1, worth1, worth2),
+                 x2 = products_of(b, i, 2, worth1, worth2), x3 = products_of(b, i, 3, worth1, worth2);
     if constexpr (C == Cell::lstm || C == Cell::gru) {
       float* carry = job.carry + (b.p * job.carry_rows + b.r + i) * kLanes;
       __m512 state = _mm512_load_ps(carry), h;
@@ -96,43 +93,64 @@ template <class T, Cell C> struct Finisher {
   }
 };
 
-// Where the sums of a layer's block begin, but for the GRU's q.
+// Where the sums of a layer's block begin, but for the GRU's q; those of int8 begin at zero.
 template <class T>
 static FR_INLINE Start layer_start(const LayerJob& job, int64_t products, int64_t p, int64_t r, int NV) {
-  if (job.table) return {nullptr, 0};
+  if (T::is_int8 || job.table) return {nullptr, 0};
   if (job.init) return {job.init + r * products + p * NV * kLanes, products * 4};
-  if (T::is_int8) return {nullptr, 0};
   return {job.layer->bias.as<float>() + p * NV * kLanes, 0};
 }
-template <class T> static FR_INLINE Start q_start(const LayerJob& job, int64_t p) {
-  return {T::is_int8 ? nullptr : job.layer->bias_q.as<float>() + p * kLanes, 0};
-}
 
-#define FR_STORE_SUMS(tile, block, vector, row) _tile_stored(tile, (block).sums[vector][row], kLanes * 4)
+#define FR_STORE_SUMS(tile, where, vector, row) _tile_stored(tile, (where)[vector][row], kLanes * 4)
 
+#define FR_ZERO_SUMS() \
+  _tile_zero(0);       \
+  _tile_zero(1);       \
+  _tile_zero(2);       \
+  _tile_zero(3)
+#define FR_STORE_NARROW(where, NV) \
+  FR_STORE_SUMS(0, where, 0, 0);   \
+  FR_STORE_SUMS(1, where, 1, 0);   \
+  FR_STORE_SUMS(2, where, 2, 0);   \
+  if constexpr (NV > 3) {          \
+    FR_STORE_SUMS(3, where, 3, 0); \
+  }
+#define FR_STORE_PAIR(where, first)      \
+  FR_STORE_SUMS(0, where, first, 0);     \
+  FR_STORE_SUMS(1, where, first + 1, 0); \
+  FR_STORE_SUMS(2, where, first, 16);    \
+  FR_STORE_SUMS(3, where, first + 1, 16)
+
+// The sums of up to 16 rows.
 template <class T, Cell C, class Between>
 static FR_INLINE void narrow_block(const LayerJob& job, const Operand& in, const Operand& hidden, const Start& s,
                                    Block& b, const Between& between) {
   constexpr int NV = Finisher<T, C>::NV;
-  FR_TILE_START(0, s, 0, 0);
-  FR_TILE_START(1, s, 0, 1);
-  FR_TILE_START(2, s, 0, 2);
-  const Start q = C == Cell::gru ? q_start<T>(job, b.p) : Start{s.from ? s.from + 3 * kLanes : nullptr, s.stride};
-  FR_TILE_START(3, q, 0, 0);
-  add_narrow<T, NV, 2>(in, between);
-  add_narrow<T, NV, C == Cell::gru ? 3 : 2>(hidden, between);
-  FR_STORE_SUMS(0, b, 0, 0);
-  FR_STORE_SUMS(1, b, 1, 0);
-  FR_STORE_SUMS(2, b, 2, 0);
-  FR_STORE_SUMS(3, b, 3, 0);
+  if constexpr (T::is_int8) {
+    if (in.blocks) {
+      FR_ZERO_SUMS();
+      add_narrow<T, NV, 2>(in, between);
+      FR_STORE_NARROW(b.input, NV)
+    }
+    FR_ZERO_SUMS();
+    add_narrow<T, NV, 2>(hidden, between);
+    FR_STORE_NARROW(b.sums, NV)
+  } else {
+    FR_TILE_START(0, s, 0, 0);
+    FR_TILE_START(1, s, 0, 1);
+    FR_TILE_START(2, s, 0, 2);
+    const Start q{C == Cell::gru ? job.layer->bias_q.as<float>() + b.p * kLanes
+                  : s.from       ? s.from + 3 * kLanes
+                                 : nullptr,
+                  C == Cell::gru ? 0 : s.stride};
+    FR_TILE_START(3, q, 0, 0);
+    add_narrow<T, NV, 2>(in, between);
+    add_narrow<T, NV, C == Cell::gru ? 3 : 2>(hidden, between);
+    FR_STORE_NARROW(b.sums, 4)
+  }
 }
 
-#define FR_STORE_PAIR(block, first)      \
-  FR_STORE_SUMS(0, block, first, 0);     \
-  FR_STORE_SUMS(1, block, first + 1, 0); \
-  FR_STORE_SUMS(2, block, first, 16);    \
-  FR_STORE_SUMS(3, block, first + 1, 16)
-
+// The sums of 17 to 32 rows.
 template <class T, Cell C, class Between>
 static FR_INLINE void wide_block(const LayerJob& job, const Operand& in, const Operand& hidden, const Start& s,
                                  Block& b, const Between& between) {
@@ -143,17 +161,28 @@ static FR_INLINE void wide_block(const LayerJob& job, const Operand& in, const O
     FR_TILE_START(2, s, 16, v);
     FR_TILE_START(3, s, 16, v + 1);
     add_pair<T, NV>(in, v, between);
+    if constexpr (T::is_int8) {
+      if (in.blocks) {
+        FR_STORE_PAIR(b.input, v);
+        FR_ZERO_SUMS();
+      }
+    }
     add_pair<T, NV>(hidden, v, between);
-    FR_STORE_PAIR(b, v);
+    FR_STORE_PAIR(b.sums, v);
   }
   if constexpr (C == Cell::gru) {
-    const Start q = q_start<T>(job, b.p);
+    const Start q{T::is_int8 ? nullptr : job.layer->bias_q.as<float>() + b.p * kLanes, 0};
     FR_TILE_START(0, s, 0, 2);
     FR_TILE_START(2, s, 16, 2);
     FR_TILE_START(1, q, 0, 0);
     FR_TILE_START(3, q, 16, 0);
     add_apart<T, NV>(in, hidden, 2, between);
-    FR_STORE_PAIR(b, 2);
+    auto& input = T::is_int8 ? b.input : b.sums;
+    auto& q_sums = T::is_int8 ? b.sums[2] : b.sums[3];
+    _tile_stored(0, input[2][0], kLanes * 4);
+    _tile_stored(2, input[2][16], kLanes * 4);
+    _tile_stored(1, q_sums[0], kLanes * 4);
+    _tile_stored(3, q_sums[16], kLanes * 4);
   }
 }
 
@@ -173,8 +202,8 @@ template <class T, Cell C> static void tile_layer(const LayerJob& job, Part part
   blocks[1].rows = blocks[1].done = 0;
   configure_tiles(job.rows <= kTileRows ? job.rows : kTileRows);
   for (int64_t p = part.begin(hidden.count); p < last; ++p) {
-    const Operand o1 = operand<T, NV>(in, job.a1, job.row1, p),
-                  o2 = operand<T, NV>(hidden, job.a2, job.network->row, p);
+    const Operand o1 = operand<T, NV>(*job.network, in, job.a1, job.row1, p),
+                  o2 = operand<T, NV>(*job.network, hidden, job.a2, job.network->row, p);
     const bool narrow = job.rows <= kTileRows;
     const int64_t both = o1.blocks + o2.blocks, longer = o1.blocks > o2.blocks ? o1.blocks : o2.blocks;
     const int64_t steps = narrow ? both : C == Cell::gru ? both + longer : 2 * both;
@@ -205,141 +234,44 @@ template <class T> static void layer(const LayerJob& job, Part part) {
   }
 }
 
-// Writes the sums of vectors first .. first + count of a block to out, with bias and scale where they are int32.
-template <class T>
-static FR_INLINE void write_sums(const LinearJob& job, const Block& b, int NV, int first, int count) {
-  for (int v = first; v < first + count; ++v) {
-    const int64_t column = (b.p * NV + v) * kLanes;
-    for (int64_t i = 0; i < b.rows; ++i) {
-      __m512 x = _mm512_load_ps(b.sums[v][i]);
-      if constexpr (T::is_int8) {
-        if (!job.stored)
-          x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(x)),
-                              _mm512_load_ps(job.panels->scale.as<float>() + column),
-                              _mm512_load_ps(job.bias + column));
-      }
-      _mm512_storeu_ps(job.out + (b.r + i) * job.out_row + column, x);
-    }
-  }
-}
-
-// Owns:   the columns of `part` of all rows of out.
-// Keeps:  the sums of a block.
-// Moves:  a panel once per block of 32 rows, the activations of a block once or twice per panel, out once.
-// Syncs:  nothing.
-// Limits: memory of whole blocks of 32 rows behind a.
-template <class T, int NV> static void linear_panels(const LinearJob& job, Part part) {
-  const int64_t begin = part.begin(job.panels->count), end = part.end(job.panels->count);
-  const auto nothing = [] {};
-  const Operand none{nullptr, 0, nullptr, 0};
-  Block b;
-  configure_tiles(job.rows <= kTileRows ? job.rows : kTileRows);
-  for (int64_t i = begin; i < end; ++i) {
-    b.p = job.backwards ? end - 1 - (i - begin) : i;
-    const Operand o = operand<T, NV>(*job.panels, job.a, job.row, b.p);
-    const Start s{T::is_int8 ? nullptr : job.bias + b.p * NV * kLanes, 0};
-    for (b.r = 0; b.r < job.rows; b.r += kBlockRows) {
-      b.rows = job.rows - b.r < kBlockRows ? job.rows - b.r : kBlockRows;
-      if (job.rows <= kTileRows) {
-        FR_TILE_START(0, s, 0, 0);
-        if constexpr (NV > 1) {
-          FR_TILE_START(1, s, 0, 1);
-        }
-        if constexpr (NV > 2) {
-          FR_TILE_START(2, s, 0, 2);
-        }
-        if constexpr (NV > 3) {
-          FR_TILE_START(3, s, 0, 3);
-        }
-        add_narrow<T, NV, 2>(o, nothing);
-        FR_STORE_SUMS(0, b, 0, 0);
-        if constexpr (NV > 1) {
-          FR_STORE_SUMS(1, b, 1, 0);
-        }
-        if constexpr (NV > 2) {
-          FR_STORE_SUMS(2, b, 2, 0);
-        }
-        if constexpr (NV > 3) {
-          FR_STORE_SUMS(3, b, 3, 0);
-        }
-      } else {
-        for (int v = 0; v + 1 < NV; v += 2) {
-          FR_TILE_START(0, s, 0, v);
-          FR_TILE_START(1, s, 0, v + 1);
-          FR_TILE_START(2, s, 16, v);
-          FR_TILE_START(3, s, 16, v + 1);
-          add_pair<T, NV>(rows_from(o, b.r), v, nothing);
-          FR_STORE_PAIR(b, v);
-        }
-        if constexpr (NV % 2 == 1) {
-          FR_TILE_START(0, s, 0, NV - 1);
-          FR_TILE_START(2, s, 16, NV - 1);
-          add_apart<T, NV>(rows_from(o, b.r), none, NV - 1, nothing);
-          FR_STORE_SUMS(0, b, NV - 1, 0);
-          FR_STORE_SUMS(2, b, NV - 1, 16);
-        }
-      }
-      write_sums<T>(job, b, NV, 0, NV);
-    }
-  }
-}
-template <class T> static void linear(const LinearJob& job, Part part) {
-  switch (job.panels->vectors) {
-    case 1: return linear_panels<T, 1>(job, part);
-    case 2: return linear_panels<T, 2>(job, part);
-    case 3: return linear_panels<T, 3>(job, part);
-    default: return linear_panels<T, 4>(job, part);
-  }
-}
-
-// One weight as the tiles hold it: scale is 127 / the largest of its row.
-static FR_INLINE void store_weight(float w, float, bf16* to) { *to = to_bfloat16(w); }
-static FR_INLINE void store_weight(float w, float scale, int8_t* to) {
-  *to = static_cast<int8_t>(__builtin_rintf(w * scale));
-}
-
-template <class T>
-static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, const float* largest, Panels& out) {
+template <class T> static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
   using E = typename T::Element;
   constexpr int64_t group = T::group, tile_k = group * kTileRows;
   out.weights = Memory(out.count * out.vectors * out.K / tile_k * kTileBytes);
   if (T::is_int8) out.scale = Memory(out.count * out.vectors * kLanes * 4);
-  E* to = out.weights.as<E>();
   for (int64_t p = 0; p < out.count; ++p)
     for (int64_t n = 0; n < out.vectors; ++n)
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         const int64_t row = panel_row(p, n, lane, kLanes, out.vectors, rows, unit_gates);
         if (row < 0) continue;  // stays zero
-        const float most = T::is_int8 ? largest[row] : 1.0f, scale = most > 0 ? 127.0f / most : 0.0f;
-        if (T::is_int8) out.scale.as<float>()[(p * out.vectors + n) * kLanes + lane] = most / (127.0f * 127.0f);
-        for (int64_t k = 0; k < K; ++k) {
+        const auto store = [&](int64_t k, E weight) {
           const int64_t tile = (p * (out.K / tile_k) + k / tile_k) * out.vectors + n, line = k % tile_k / group;
-          store_weight(w[row * K + k], scale,
-                       to + tile * kTileRows * tile_k + (line * kLanes + lane) * group + k % group);
-        }
+          out.weights.as<E>()[tile * kTileRows * tile_k + (line * kLanes + lane) * group + k % group] = weight;
+        };
+        if constexpr (T::is_int8)
+          out.scale.as<float>()[(p * out.vectors + n) * kLanes + lane] = to_int8_weights(w + row * K, K, store);
+        else
+          for (int64_t k = 0; k < K; ++k) store(k, to_bfloat16(w[row * K + k]));
       }
 }
 
-template <class T> static void to_activations(const float* from, int64_t n, void* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (T::is_int8) {
-      const float x = from[i] > 1.0f ? 1.0f : from[i] > -1.0f ? from[i] : -1.0f;  // NaN, which int8 has not, is -1
-      static_cast<int8_t*>(to)[i] = static_cast<int8_t>(__builtin_rintf(x * 127.0f));
-    } else {
-      static_cast<bf16*>(to)[i] = to_bfloat16(from[i]);
-    }
-  }
+template <class T> static void to_activations(const float* from, int64_t n, void* to, int64_t row) {
+  if constexpr (T::is_int8)
+    to_int8_row(from, n, to, row);
+  else
+    for (int64_t i = 0; i < n; ++i) static_cast<bf16*>(to)[i] = to_bfloat16(from[i]);
 }
-template <class T> static void from_activations(const void* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i)
-    to[i] = T::is_int8 ? static_cast<float>(static_cast<const int8_t*>(from)[i]) / 127.0f
-                       : widen(static_cast<const bf16*>(from)[i]);
+template <class T> static void from_activations(const void* from, int64_t row, int64_t n, float* to) {
+  if constexpr (T::is_int8)
+    from_int8_row(from, row, n, to);
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(static_cast<const bf16*>(from)[i]);
 }
 
 template <class T> static const DecoderKernels& tile_kernels() {
   static constexpr DecoderKernels kernels = {
       kLanes,    sizeof(typename T::Element), T::group * kTileRows, pack<T>, layer<T>,
-      linear<T>, to_activations<T>,           from_activations<T>};
+      linear<T>, to_activations<T>,           from_activations<T>,  1};
   return kernels;
 }
 

@@ -17,10 +17,14 @@ namespace fr {
 namespace {
 
 constexpr int64_t kLine = 64, kHugePage = 2 << 20;
+constexpr int64_t kReadAhead = 2048;  // kernels ask for weights a little ahead of where they are
 // A table of products beyond this is not made: an id's embedding is multiplied at each step instead.
 constexpr int64_t kTableBytes = 256 << 20;
+// From here on the logits of a lane's rows leave the cache before they are drawn from.
+constexpr int64_t kLargeVocabulary = 2048;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t scale_bytes(const PackedNetwork& net) { return net.scaled ? static_cast<int64_t>(sizeof(float)) : 0; }
 
 // The vectors of a panel of a linear map with `columns` vectors of columns: the fewest empty ones, then the most.
 int64_t linear_vectors(int64_t columns) {
@@ -30,22 +34,13 @@ int64_t linear_vectors(int64_t columns) {
   return best;
 }
 
-// The largest magnitude in each row of w (rows, K), at least what `most` holds.
-void raise_to_largest(const float* w, int64_t rows, int64_t K, std::vector<float>& most) {
-  most.resize(static_cast<size_t>(rows));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < K; ++k)
-      most[static_cast<size_t>(r)] = std::max(most[static_cast<size_t>(r)], std::fabs(w[r * K + k]));
-}
-
 // Refuses what int8 weights and activations cannot stand for.
 void check_int8(const NetworkWeights& from) {
-  constexpr int64_t widest = INT32_MAX / (2 * 127 * 127);  // the sum of both products of a layer is one int32
-  if (from.cell == Cell::rnn_relu)
-    throw std::invalid_argument("int8 needs a state within -1 .. 1, which relu does not give; use bfloat16");
-  if (from.H > widest)
-    throw std::invalid_argument("int8 sums up to " + std::to_string(widest) + " hidden units, here " +
-                                std::to_string(from.H) + "; use bfloat16");
+  constexpr int64_t widest = INT32_MAX / (127 * 128);  // a sum is one int32; a state that is NaN may be -128
+  const int64_t most = std::max(from.H, from.inputs ? from.E : 0);
+  if (most > widest)
+    throw std::invalid_argument("int8 sums up to " + std::to_string(widest) + " units, here " + std::to_string(most) +
+                                "; use bfloat16");
   const auto check = [](const float* w, int64_t n) {
     for (int64_t i = 0; w && i < n; ++i)
       if (!std::isfinite(w[i])) throw std::invalid_argument("int8 needs weights without NaN and infinity");
@@ -58,25 +53,24 @@ void check_int8(const NetworkWeights& from) {
   check(from.inputs, from.V * from.E), check(from.head, from.V * from.H), check(from.head_bias, from.V);
 }
 
-Panels linear_panels(const DecoderKernels& k, const float* w, int64_t rows, int64_t K, int64_t vectors,
-                     const float* largest) {
+Panels linear_panels(const DecoderKernels& k, const float* w, int64_t rows, int64_t K, int64_t vectors) {
   Panels m;
   m.K = round_up(K, k.k_multiple);
   m.vectors = vectors;
   m.count = (rows + vectors * k.width - 1) / (vectors * k.width);
-  k.pack(w, rows, K, 1, largest, m);
+  k.pack(w, rows, K, 1, m);
   return m;
 }
 
-Panels cell_panels(const PackedNetwork& net, const float* w, int64_t K, const float* largest) {
+Panels cell_panels(const PackedNetwork& net, const float* w, int64_t K) {
   const DecoderKernels& k = *net.kernels;
   const int64_t gates = gates_of(net.cell);
-  if (gates == 1) return linear_panels(k, w, net.H, K, 4, largest);
+  if (gates == 1) return linear_panels(k, w, net.H, K, 4);
   Panels m;
   m.K = round_up(K, k.k_multiple);
   m.vectors = gates;
   m.count = net.padded / net.units;
-  k.pack(w, gates * net.H, K, gates, largest, m);
+  k.pack(w, gates * net.H, K, gates, m);
   return m;
 }
 
@@ -116,7 +110,7 @@ void product_table(const NetworkWeights& from, PackedNetwork& net) {
   const DecoderKernels& k = decoder_kernels(Precision::float32);
   PackedNetwork plain{};
   plain.cell = net.cell, plain.H = net.H, plain.padded = net.padded, plain.units = net.units, plain.kernels = &k;
-  const Panels w = cell_panels(plain, from.w_ih[0], from.E, nullptr);
+  const Panels w = cell_panels(plain, from.w_ih[0], from.E);
   const int64_t products = net.padded * gates_of(net.cell);
   LinearJob job{};
   job.network = &plain, job.panels = &w, job.rows = net.V, job.a = from.inputs, job.row = from.E * 4;
@@ -133,38 +127,60 @@ void pack_inputs(const NetworkWeights& from, PackedNetwork& net) {
     one_hot ? one_hot_table(from, net) : product_table(from, net);
     return;
   }
-  if (net.precision == Precision::int8)
-    throw std::invalid_argument("int8 keeps the first layer's products of every id, here " +
-                                std::to_string(bytes >> 20) + " MB of them: too many; use bfloat16");
   const DecoderKernels& k = *net.kernels;
-  net.input_row = round_up(round_up(from.E, k.k_multiple) * k.activation, kLine);
+  net.input_row = round_up(round_up(from.E, k.k_multiple) * k.activation + scale_bytes(net), kLine);
   net.inputs = Memory(net.V * net.input_row);
   for (int64_t v = 0; v < net.V; ++v)
-    k.to_activations(from.inputs + v * from.E, from.E, net.inputs.as<char>() + v * net.input_row);
-  net.layers[0].input = cell_panels(net, from.w_ih[0], from.E, nullptr);
+    k.to_activations(from.inputs + v * from.E, from.E, net.inputs.as<char>() + v * net.input_row, net.input_row);
+  net.layers[0].input = cell_panels(net, from.w_ih[0], from.E);
 }
 
-int64_t bytes_of(const PackedNetwork& net, const Panels& m) {
-  return m.count * m.vectors * net.kernels->width * m.K *
-         (net.precision == Precision::float32    ? 4
-          : net.precision == Precision::bfloat16 ? 2
-                                                 : 1);
+// Moves what a step reads of every layer into one piece of memory, in the order in which it is read: on one huge page,
+// or a few, it fills a core's L2 evenly, while what lies on small pages of the system's choice evicts itself long
+// before the cache is full.
+void lie_together(PackedNetwork& net) {
+  std::vector<Memory*> parts;
+  const auto add = [&](Panels& m) { parts.insert(parts.end(), {&m.weights, &m.scale}); };
+  for (PackedLayer& layer : net.layers)
+    add(layer.input), add(layer.hidden), parts.insert(parts.end(), {&layer.bias, &layer.bias_q});
+  add(net.head), parts.push_back(&net.head_bias);
+  int64_t bytes = 0;
+  for (const Memory* part : parts) bytes += round_up(part->bytes(), kLine);
+  const Memory all(bytes >= kHugePage / 4 ? std::max(bytes, kHugePage - kReadAhead) : bytes);
+  for (int64_t at = 0; Memory* part : parts) {
+    if (!part->get()) continue;
+    std::memcpy(all.as<char>() + at, part->get(), static_cast<size_t>(part->bytes()));
+    const int64_t size = part->bytes();
+    *part = Memory(all, at);
+    at += round_up(size, kLine);
+  }
+}
+
+// The panels of `columns` columns each, which whole panels fill, as matrices of their own in the memory of m.
+std::vector<Panels> sliced(const PackedNetwork& net, const Panels& m, int64_t panel_bytes, int64_t columns) {
+  const int64_t width = m.vectors * net.kernels->width, each = columns / width;
+  std::vector<Panels> slices;
+  for (int64_t p = 0; p < m.count; p += each) {
+    Panels& slice = slices.emplace_back();
+    slice.K = m.K, slice.vectors = m.vectors, slice.count = std::min(each, m.count - p);
+    slice.weights = Memory(m.weights, p * panel_bytes);
+    if (m.scale.get()) slice.scale = Memory(m.scale, p * width * static_cast<int64_t>(sizeof(float)));
+  }
+  return slices;
 }
 
 }  // namespace
 
-Memory::Memory(int64_t bytes) {
-  // Kernels ask for weights a little ahead of where they are.
-  const int64_t align = bytes >= kHugePage ? kHugePage : kLine, size = round_up(bytes + 2048, align);
+Memory::Memory(int64_t bytes) : bytes_(bytes) {
+  const int64_t align = bytes >= kHugePage ? kHugePage : kLine, size = round_up(bytes + kReadAhead, align);
   void* p = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(size));
   if (!p) throw std::bad_alloc();
 #if defined(__linux__)
   if (align == kHugePage) madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);
 #endif
   std::memset(p, 0, static_cast<size_t>(size));
-  data_.reset(p);
+  data_ = std::shared_ptr<void>(p, std::free);
 }
-void Memory::Free::operator()(void* p) const { std::free(p); }
 
 const DecoderKernels& decoder_kernels(Precision precision) {
 #if FR_KNOWS_AMX
@@ -178,33 +194,36 @@ std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precisio
   auto net = std::make_unique<PackedNetwork>();
   const DecoderKernels& k = decoder_kernels(precision);
   net->cell = from.cell, net->precision = precision, net->kernels = &k;
+  net->scaled = precision == Precision::int8;
   net->L = from.L, net->H = from.H, net->V = from.V;
   const bool plain = gates_of(from.cell) == 1;
   net->units = plain ? 4 * k.width : k.width;
   net->padded = round_up(from.H, net->units);
-  net->row =
-      (round_up(std::max(net->padded, round_up(from.H, k.k_multiple)) * k.activation, kLine) / kLine | 1) * kLine;
+  const int64_t activations = std::max(net->padded, round_up(from.H, k.k_multiple)) * k.activation;
+  net->row = (round_up(activations + scale_bytes(*net), kLine) / kLine | 1) * kLine;
   net->carried = plain ? 0 : net->padded;
   net->layers.resize(static_cast<size_t>(from.L));
   for (int64_t l = 0; l < from.L; ++l) {
     PackedLayer& layer = net->layers[static_cast<size_t>(l)];
     pack_bias(*net, from.b_ih[l], from.b_hh[l], layer);
-    std::vector<float> largest;  // one scale serves both products of a row: they are summed as integers
-    raise_to_largest(from.w_hh[l], gates_of(from.cell) * from.H, from.H, largest);
-    if (l) raise_to_largest(from.w_ih[l], gates_of(from.cell) * from.H, from.H, largest);
-    layer.hidden = cell_panels(*net, from.w_hh[l], from.H, largest.data());
-    if (l) layer.input = cell_panels(*net, from.w_ih[l], from.H, largest.data());
-    net->weight_bytes += bytes_of(*net, layer.hidden) + bytes_of(*net, layer.input);
+    layer.hidden = cell_panels(*net, from.w_hh[l], from.H);
+    if (l) layer.input = cell_panels(*net, from.w_ih[l], from.H);
+    net->weight_bytes += layer.hidden.weights.bytes() + layer.input.weights.bytes();
   }
   pack_inputs(from, *net);
-  std::vector<float> largest;
-  raise_to_largest(from.head, from.V, from.H, largest);
-  const int64_t vectors = linear_vectors((from.V + k.width - 1) / k.width);
-  net->head = linear_panels(k, from.head, from.V, from.H, vectors, largest.data());
+  const bool large = from.V >= kLargeVocabulary;
+  const int64_t vectors = large ? k.head_vectors : linear_vectors((from.V + k.width - 1) / k.width);
+  net->head = linear_panels(k, from.head, from.V, from.H, vectors);
   net->head_columns = net->head.count * net->head.vectors * k.width;
   net->head_bias = Memory(net->head_columns * 4);
   if (from.head_bias) std::memcpy(net->head_bias.get(), from.head_bias, static_cast<size_t>(from.V) * 4);
-  net->weight_bytes += bytes_of(*net, net->head);
+  net->weight_bytes += net->head.weights.bytes();
+  const int64_t panel_bytes = net->head.weights.bytes() / net->head.count;
+  lie_together(*net);
+  if (large) {
+    net->head_tiles = sliced(*net, net->head, panel_bytes, kDrawTile);
+    net->head_groups = sliced(*net, net->head, panel_bytes, kDrawGroup);
+  }
   return net;
 }
 

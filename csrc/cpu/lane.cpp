@@ -8,6 +8,7 @@ namespace fr {
 namespace {
 
 constexpr int64_t kHeadBytes = 2048 << 10;  // of logits at once: they are drawn from while a core's cache holds them
+constexpr int64_t kTiledRows = 4;           // fewer wait for weights, whatever becomes of their logits
 constexpr int64_t kLogEntries = 1 << 14;
 constexpr int64_t kReaderRows = 32;
 // Bytes of weights times rows between two looks at the clock, which costs as much as a step of the smallest networks:
@@ -30,6 +31,7 @@ Lane::Lane(Session& session, int64_t capacity)
       clock_steps_(std::clamp<int64_t>(kWorkBetweenClocks / (capacity * net_.weight_bytes), 1, 64)),
       states_(net_, capacity),
       reader_(net_, std::min(capacity, kReaderRows)),
+      head_draw_(net_, capacity, session.team()),
       drawer_(make_drawer(net_.V, 1)),
       logits_(head_rows_ * net_.head_columns * 4) {
   const auto n = static_cast<size_t>(capacity);
@@ -160,12 +162,27 @@ bool Lane::read(Clock::time_point deadline, Team& team) {
 
 void Lane::step_rows(int64_t step, Team& team) {
   if (!session_.windowed_) states_.advance(ids_.data(), rows_, team);
+  if (rows_ >= kTiledRows && HeadDraw::suits(net_) && all_plain()) {
+    head_draw_.draw(states_, sample_of(0, rows_), *drawer_, team);
+    for (int64_t row = 0; row < rows_; ++row) record(row, step);
+    return;
+  }
   for (int64_t begin = 0; begin < rows_; begin += head_rows_) {
     const int64_t rows = std::min(head_rows_, rows_ - begin);
     states_.logits(begin, rows, logits_.as<float>(), net_.head_columns, team);
     draw(begin, begin + rows, logits_.as<float>());
     for (int64_t row = begin; row < begin + rows; ++row) record(row, step);
   }
+}
+
+// Whether nothing but the token of a plain draw is wanted of any row.
+bool Lane::all_plain() const {
+  for (int64_t row = 0; row < rows_; ++row) {
+    const GenerationRequest& q = row_[static_cast<size_t>(row)].request;
+    const bool filtered = q.top_k != 0 || q.top_p != 0 || q.min_p != INFINITY;
+    if (q.scale == 0.0f || filtered || q.logprobs || q.mode_of > 1 || q.penalty != 1.0f) return false;
+  }
+  return true;
 }
 
 // Draws for the rows begin .. end from their logits, head_columns apart, in runs of rows that share the options of a
@@ -189,16 +206,23 @@ void Lane::draw(int64_t begin, int64_t end, float* logits) {
 }
 
 void Lane::draw_same(int64_t begin, int64_t end, const float* logits) {
+  Sample s = sample_of(begin, end);
+  s.logits = logits, s.logits_stride = net_.head_columns;
+  drawer_->draw(s, 0, s.B);
+}
+
+// The rows begin .. end, which share the options of a call, without their logits.
+Sample Lane::sample_of(int64_t begin, int64_t end) {
   const GenerationRequest& first = row_[static_cast<size_t>(begin)].request;
   Sample s{};
-  s.B = end - begin, s.V = net_.V, s.logits = logits, s.logits_stride = net_.head_columns;
+  s.B = end - begin, s.V = net_.V;
   s.scale = scale_.data() + begin, s.min_p = min_p_.data() + begin;
   s.top_k = top_k_.data() + begin, s.top_p = top_p_.data() + begin;
   s.seed = seed_.data() + begin, s.sequence = sequence_.data() + begin, s.step = step_.data() + begin;
   s.mode_of = first.mode_of, s.logprobs = first.logprobs;
   s.token = token_.data() + begin, s.status = status_.data() + begin, s.logprob = logprob_.data() + begin;
   s.tempered_logprob = tempered_.data() + begin, s.margin = margin_.data() + begin;
-  drawer_->draw(s, 0, s.B);
+  return s;
 }
 
 // A row with a repetition penalty: ids that have occurred become less likely; the log-probability is of the logits

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "head_draw.h"
 #include "row_states.h"
 #include "session.h"
 
@@ -49,6 +50,8 @@ class Lane {
   void step_rows(int64_t step, Team& team);
   void draw(int64_t begin, int64_t end, float* logits);
   void draw_same(int64_t begin, int64_t end, const float* logits);
+  Sample sample_of(int64_t begin, int64_t end);
+  bool all_plain() const;
   void draw_penalised(int64_t row, float* logits);
   void record(int64_t row, int64_t step);
   void end_row(int64_t row, int64_t end, Finish finish);
@@ -61,6 +64,7 @@ class Lane {
   int64_t head_rows_, log_steps_, clock_steps_;
   RowStates states_;
   PromptReader reader_;
+  HeadDraw head_draw_;
   std::unique_ptr<Drawer> drawer_;
   int64_t votes_ = 1;  // the most draws of a token that drawer_ is made for
   std::vector<Row> row_;

@@ -4,7 +4,7 @@
 // Every result is that of sampling.h bit for bit: the float operations are the same, each rounded once, and sums of
 // integers do not depend on their order. Three steps are written differently, with equal results:
 // - z is kept as y = -z >= 0, so that k = floor(z) is -ceil(y) and f = z - k is ceil(y) - y.
-// - q >= 1 needs no clamp from below, because no term of P is negative.
+// - q needs no clamp: no term of P is negative, and P of no float up to 1 exceeds 0x1.fffffcp+0.
 // - No clamp of y: a shift by 64 or more leaves 0, and ceil(y) of a y beyond int32 becomes 2^31.
 
 namespace fr {
@@ -19,15 +19,14 @@ typedef __m512i Words;
 static FR_INLINE Words no_words() { return _mm512_setzero_si512(); }
 static FR_INLINE Floats splat(float x) { return _mm512_set1_ps(x); }
 static FR_INLINE Floats fused(Floats a, Floats b, float c) { return _mm512_fmadd_ps(a, b, splat(c)); }
-static FR_INLINE Floats below_two(Floats a) { return _mm512_min_ps(a, splat(0x1.fffffep+0f)); }  // also of NaN
 
-// 2^f for f in [0, 1], clamped below 2.
+// 2^f for f in [0, 1].
 static FR_INLINE Floats exp2_fraction(Floats f) {
   Floats q = fused(splat(draw::kExp2C5), f, draw::kExp2C4);
   q = fused(q, f, draw::kExp2C3);
   q = fused(q, f, draw::kExp2C2);
   q = fused(q, f, draw::kExp2C1);
-  return below_two(fused(q, f, 1.0f));
+  return fused(q, f, 1.0f);
 }
 
 // The first n logits of a block, -inf in place of the rest.
@@ -222,15 +221,14 @@ typedef __m256i Words;
 static FR_INLINE Words no_words() { return _mm256_setzero_si256(); }
 static FR_INLINE Floats splat(float x) { return _mm256_set1_ps(x); }
 static FR_INLINE Floats fused(Floats a, Floats b, float c) { return _mm256_fmadd_ps(a, b, splat(c)); }
-static FR_INLINE Floats below_two(Floats a) { return _mm256_min_ps(a, splat(0x1.fffffep+0f)); }  // also of NaN
 
-// 2^f for f in [0, 1], clamped below 2.
+// 2^f for f in [0, 1].
 static FR_INLINE Floats exp2_fraction(Floats f) {
   Floats q = fused(splat(draw::kExp2C5), f, draw::kExp2C4);
   q = fused(q, f, draw::kExp2C3);
   q = fused(q, f, draw::kExp2C2);
   q = fused(q, f, draw::kExp2C1);
-  return below_two(fused(q, f, 1.0f));
+  return fused(q, f, 1.0f);
 }
 
 static FR_INLINE Floats load_block(const float* x, int64_t n) {

@@ -20,6 +20,26 @@ LayerJob layer_job(const PackedNetwork& net, int64_t layer, int64_t rows) {
 // Tiles read whole blocks of rows from wherever a job's rows begin.
 constexpr int64_t kBlockRows = 32;
 
+// Elements of a layer's states for each thread below which one thread makes scaled activations of all of them: some
+// 2 us, what it costs threads to meet.
+constexpr int64_t kRoundedAlone = 1 << 14;
+
+// Runs a layer, and makes the activations that wait for its last state.
+void make_activations(const LayerJob& job, Part part) {
+  const PackedNetwork& net = *job.network;
+  for (int64_t r = part.begin(job.rows); r < part.end(job.rows); ++r)
+    net.kernels->to_activations(job.states + r * net.padded, net.padded, static_cast<char*>(job.out) + r * net.row,
+                                net.row);
+}
+void run_layer_job(const LayerJob& job, Team& team) {
+  team.run(job.network->kernels->layer, job);
+  if (!job.network->scaled) return;
+  if (job.rows * job.network->padded < kRoundedAlone * team.size())
+    make_activations(job, {0, 1});
+  else
+    team.run(make_activations, job);
+}
+
 // What ids read, side by side.
 void gather(const PackedNetwork& net, const int32_t* ids, int64_t n, const Memory& out) {
   for (int64_t i = 0; i < n; ++i)
@@ -30,7 +50,10 @@ void gather(const PackedNetwork& net, const int32_t* ids, int64_t n, const Memor
 }  // namespace
 
 RowStates::RowStates(const PackedNetwork& net, int64_t capacity)
-    : net_(net), capacity_(capacity), gathered_((capacity + kBlockRows) * net.input_row) {
+    : net_(net),
+      capacity_(capacity),
+      gathered_((capacity + kBlockRows) * net.input_row),
+      rounding_(net.scaled ? capacity * net.padded * 4 : 0) {
   for (int64_t l = 0; l < net.L; ++l) {
     for (auto& buffer : activations_) buffer.emplace_back((capacity + kBlockRows) * net.row);
     carry_.emplace_back(net.carried * capacity * 4);
@@ -46,7 +69,7 @@ void RowStates::advance(const int32_t* ids, int64_t rows, Team& team) {
     const auto at = static_cast<size_t>(l);
     LayerJob job = layer_job(net_, l, rows);
     job.a2 = activations_[parity_][at].get(), job.out = activations_[parity_ ^ 1][at].get();
-    job.carry = carry(l), job.carry_rows = capacity_;
+    job.carry = carry(l), job.carry_rows = capacity_, job.states = rounding_.as<float>();
     if (l) {
       job.a1 = activations_[parity_ ^ 1][at - 1].get(), job.row1 = net_.row;
     } else if (net_.table.get()) {
@@ -55,7 +78,7 @@ void RowStates::advance(const int32_t* ids, int64_t rows, Team& team) {
       gather(net_, ids, rows, gathered_);
       job.a1 = gathered_.get(), job.row1 = net_.input_row;
     }
-    team.run(net_.kernels->layer, job);
+    run_layer_job(job, team);
   }
   parity_ ^= 1;
 }
@@ -91,7 +114,7 @@ void RowStates::set_row(int64_t row, const float* h, const float* c) {
   const int64_t W = net_.kernels->width, H = net_.H;
   clear(row);
   for (int64_t l = 0; l < net_.L; ++l) {
-    net_.kernels->to_activations(h + l * H, H, activations(l, row));
+    net_.kernels->to_activations(h + l * H, H, activations(l, row), net_.row);
     const float* state = net_.cell == Cell::lstm ? c : h;
     for (int64_t u = 0; u < H && net_.carried; ++u) carry(l)[(u / W * capacity_ + row) * W + u % W] = state[l * H + u];
   }
@@ -100,7 +123,7 @@ void RowStates::set_row(int64_t row, const float* h, const float* c) {
 void RowStates::get_row(int64_t row, float* h, float* c) const {
   const int64_t W = net_.kernels->width, H = net_.H;
   for (int64_t l = 0; l < net_.L; ++l) {
-    net_.kernels->from_activations(activations(l, row), H, h + l * H);
+    net_.kernels->from_activations(activations(l, row), net_.row, H, h + l * H);
     float* state = net_.cell == Cell::lstm ? c : h;
     for (int64_t u = 0; u < H && net_.carried; ++u) state[l * H + u] = carry(l)[(u / W * capacity_ + row) * W + u % W];
   }
@@ -151,7 +174,6 @@ void PromptReader::run_layer(const Stretch& s, int64_t l, Team& team) {
     job.out_row = products, job.bias = layer.bias.as<float>();
     if (l == 0) gather(net_, ids_.data(), s.total, gathered_);
     job.a = l ? outputs_[(l - 1) & 1].get() : gathered_.get(), job.row = l ? net_.row : net_.input_row;
-    job.stored = true;
     team.run(net_.kernels->linear, job);
   }
   for (int64_t t = 0; t < s.length; ++t) {
@@ -160,7 +182,8 @@ void PromptReader::run_layer(const Stretch& s, int64_t l, Team& team) {
     job.index = table ? ids_.data() + s.at(t) : nullptr, job.table = table;
     job.a2 = t == 0 ? states_.activations(l, 0) : out + s.at(t - 1) * net_.row;
     job.out = out + s.at(t) * net_.row, job.carry = states_.carry(l), job.carry_rows = states_.capacity_;
-    team.run(net_.kernels->layer, job);
+    job.states = states_.rounding_.as<float>();
+    run_layer_job(job, team);
   }
   for (int64_t t = 0; t < s.length; ++t) {  // the last output of each prompt
     const int64_t stays = t + 1 < s.length ? s.count(t + 1) : 0;

@@ -19,6 +19,9 @@ class RowStates {
   // out (rows, out_row) = logits of rows begin .. begin + rows.
   void logits(int64_t begin, int64_t rows, float* out, int64_t out_row, Team& team);
 
+  // Activations of the last layer from a row on, network.row bytes a row: what the head multiplies.
+  const char* outputs(int64_t row) const { return activations(net_.L - 1, row); }
+
   void clear(int64_t row);
   void copy_row(const RowStates& from, int64_t from_row, int64_t row);
   // h and c (L, H) of a row; c is for the LSTM.
@@ -33,6 +36,7 @@ class RowStates {
   const PackedNetwork& net_;
   int64_t capacity_;
   Memory gathered_;  // what the ids of a step read, where there is no table
+  Memory rounding_;  // (capacity, padded) h of a layer, where activations are scaled
   int parity_ = 0;   // which of the two buffers of activations holds the state
   bool turn_ = false;
   std::vector<Memory> activations_[2], carry_;

@@ -17,6 +17,7 @@ struct DrawerSizes {
 
 #include "vec.h"
 #include "draw.h"
+#include "draw_tiles.h"
 
 namespace fr {
 namespace FR_ISA {
@@ -43,6 +44,14 @@ class RowDrawer final : public Drawer {
  public:
   RowDrawer(int64_t V, int64_t mode_of) : scratch_(V, mode_of, true) {}
   void draw(const Sample& call, int64_t begin, int64_t end) override { sample_rows(call, begin, end, scratch_); }
+  void weigh_tile(const TileDraw& d, int64_t t, const float* logits, int64_t stride,
+                  const float* scale) const override {
+    FR_ISA::weigh_tile(d, t, logits, stride, scale);
+  }
+  void find_groups(const TileDraw& d, const Sample& call) override { FR_ISA::find_groups(d, call, scratch_); }
+  int64_t token_in_group(const TileDraw& d, int64_t row, const float* logits, float scale) const override {
+    return FR_ISA::token_in_group(d, row, logits, scale);
+  }
 
  private:
   DrawScratch scratch_;
@@ -56,7 +65,7 @@ static Drawer* new_drawer(DrawerSizes sizes) { return new RowDrawer(sizes.V, siz
 
 #ifndef FR_ISA
 namespace fr {
-static_assert(kMaxVocabulary == draw::kMaxVocabulary);
+static_assert(kMaxVocabulary == draw::kMaxVocabulary && kDrawTile == draw::kTile);
 void sample(const Sample& call) { FR_DISPATCH(sample, call) }
 static Drawer* new_drawer(DrawerSizes sizes) {
   FR_DISPATCH(new_drawer, sizes)

@@ -33,6 +33,7 @@ class Session final : public GenerationLoop {
   NetworkShape shape() const override { return {net_->cell, net_->L, net_->H, net_->V}; }
   const PackedNetwork& network() const { return *net_; }
   bool windowed() const override { return windowed_; }
+  int64_t team() const { return team_; }  // threads that run a lane together
 
  private:
   friend class Lane;

@@ -24,7 +24,8 @@
 #if FR_X86
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 takes the header's own undefined vectors for a mistake
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 takes the header's own undefined vectors for a mistake
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)

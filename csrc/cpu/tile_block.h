@@ -10,6 +10,7 @@ namespace fr {
 namespace FR_ISA {
 
 constexpr int64_t kTileBytes = 1024, kTileRows = 16, kBlockRows = 32, kLanes = 16;
+constexpr int64_t kCacheBytes = 2 << 20;  // of the L2 of a core with tiles
 
 struct Bfloat16 {
   static constexpr bool is_int8 = false;
@@ -45,24 +46,44 @@ struct Operand {
   int64_t row;    // bytes between rows
   const char* w;
   int64_t blocks;  // tiles along k
+  bool far;        // the network is larger than a core's cache
 };
+
+// The rows a, or null for nothing, and panel p of m.
+template <class T, int NV>
+static FR_INLINE Operand operand(const PackedNetwork& net, const Panels& m, const void* a, int64_t row, int64_t p) {
+  if (!a) return {nullptr, 0, nullptr, 0, false};
+  const int64_t blocks = m.K / (T::group * kTileRows);
+  return {static_cast<const char*>(a), row, m.weights.as<char>() + p * blocks * NV * kTileBytes, blocks,
+          net.weight_bytes > kCacheBytes};
+}
+static FR_INLINE Operand rows_from(Operand o, int64_t r) {
+  o.a += r * o.row;
+  return o;
+}
 
 // Adds an operand's products to sums 0 .. NV-1 of up to 16 rows; vector 2 goes to sums `third`. `between` runs after
 // each k: what it computes is hidden behind the tiles.
 template <class T, int NV, int third, class Between>
 static FR_INLINE void add_narrow(const Operand& o, const Between& between) {
-  constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights: ask for them early
+  constexpr int64_t ahead = 16 * 1024;  // few rows wait for weights that are far away: ask for them early, by the tile
+  const auto ask = [&](const char* w) {
+    if (!o.far) return;
+    for (int64_t line = 0; line < kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+  };
   for (int64_t k = 0; k < o.blocks; ++k) {
     const char* w = o.w + k * NV * kTileBytes;
-    for (int64_t line = 0; line < NV * kTileBytes; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
     _tile_loadd(4, o.a + k * 64, o.row);
+    ask(w);
     _tile_loadd(6, w, 64);
     FR_TILE_DOT(0, 4, 6);
     if constexpr (NV > 1) {
+      ask(w + kTileBytes);
       _tile_loadd(7, w + kTileBytes, 64);
       FR_TILE_DOT(1, 4, 7);
     }
     if constexpr (NV > 2) {
+      ask(w + 2 * kTileBytes);
       _tile_loadd(6, w + 2 * kTileBytes, 64);
       if constexpr (third == 2) {
         FR_TILE_DOT(2, 4, 6);
@@ -71,6 +92,7 @@ static FR_INLINE void add_narrow(const Operand& o, const Between& between) {
       }
     }
     if constexpr (NV > 3) {
+      ask(w + 3 * kTileBytes);
       _tile_loadd(7, w + 3 * kTileBytes, 64);
       FR_TILE_DOT(3, 4, 7);
     }
@@ -116,6 +138,22 @@ static FR_INLINE void add_apart(const Operand& one, const Operand& other, int64_
     }
     between();
   }
+}
+
+// The sums of a block with one panel, and the block they are of.
+struct Block {
+  alignas(64) float sums[4][kBlockRows][kLanes];
+  alignas(64) float input[4][kBlockRows][kLanes];  // int8: the sums with the input
+  int64_t p, r, rows;                              // panel, first row
+  int64_t done;                                    // rows whose state is computed
+};
+
+// base + what int32 sums in the place of floats are worth, of the columns from `column` on. A layer's products with its
+// input are the same numbers, whether a LinearJob has made them or the layer itself.
+static FR_INLINE __m512 add_worth(const float* sums, const Panels& panels, int64_t column, float row_worth,
+                                  __m512 base) {
+  const __m512 worth = _mm512_mul_ps(_mm512_load_ps(panels.scale.as<float>() + column), _mm512_set1_ps(row_worth));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)), worth, base);
 }
 
 }  // namespace FR_ISA

@@ -158,12 +158,12 @@ FR_INLINE Vec<double> at_most(Vec<double> high, Vec<double> x) {
 template <class F> FR_INLINE Vec<F> at_least(Vec<F> low, Vec<F> x) { return if_less(x, low, low, x); }
 template <class F> FR_INLINE Vec<F> at_most(Vec<F> high, Vec<F> x) { return if_less(high, x, high, x); }
 #endif
-template <class F> FR_INLINE Vec<F> reciprocal(Vec<F> x) { return Vec<F>(1) / x; }
+template <class F> FR_INLINE Vec<F> quotient(Vec<F> a, Vec<F> b) { return a / b; }
 #if FR_VEC_BYTES == 64
 // The instruction's 14 bits and a step of Newton's: a division takes three times as long.
-FR_INLINE Vec<float> reciprocal(Vec<float> x) {
-  const Vec<float> y((Vec<float>::Raw)_mm512_rcp14_ps((__m512)x.v));
-  return fma(y, fma(Vec<float>(0) - x, y, Vec<float>(1)), y);
+FR_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
+  const Vec<float> y((Vec<float>::Raw)_mm512_rcp14_ps((__m512)b.v));
+  return a * fma(y, fma(Vec<float>(0) - b, y, Vec<float>(1)), y);
 }
 #endif
 

@@ -1,0 +1,227 @@
+"""What the kernels of every cell share on the device: the two nonlinearities, masks, tiles and products.
+
+Names: ``p_`` pointers, ``i_`` program indices, ``o_`` offsets, ``m_`` masks. A *row* is one sequence at one step,
+counted as ``t * B + b`` in 64 bits. Arithmetic is in float32; only loads, stores and the operands of products have
+the tensors' dtype.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    """The logistic function; exp overflows to infinity for very negative x, which gives 0."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to a few units in the last place, near 0 too, and without overflow.
+
+    Below 0.5 it is x + x^3 P(x^2), P a Chebyshev fit of degree 4 with 0.7 ulp at most; elsewhere exp of a negative
+    number.
+    """
+    size, square = tl.abs(x), x * x
+    p = -6.779402881e-03 * square + 2.137844585e-02
+    p = p * square - 5.391611266e-02
+    p = p * square + 1.333310464e-01
+    p = p * square - 3.333333051e-01
+    e = tl.exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(size < 0.5, x + x * square * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def load_float(pointers, mask):
+    """The values as float32, 0 where masked."""
+    return tl.load(pointers, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_as(pointers, value, mask):
+    """Store in the dtype of the memory."""
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_bias(p_b, o_n, m_n):
+    """A stretch of a bias as a row of float32; zeros where the layer has none."""
+    if p_b is None:
+        return (o_n * 0.0)[None, :]
+    else:
+        return load_float(p_b + o_n, m_n)[None, :]
+
+
+@triton.jit
+def load_weight(p_w, o_k, o_n, K, N, STRIDE_K, STRIDE_N):
+    """The block W[o_k, o_n] of a K by N operand in memory, 0 beyond its edges."""
+    mask = (o_k[:, None] < K) & (o_n[None, :] < N)
+    return tl.load(p_w + o_k[:, None] * STRIDE_K + o_n[None, :] * STRIDE_N, mask, other=0.0)
+
+
+@triton.jit
+def load_shared(p_a, at, o_k, m_b, K):
+    """Columns o_k of rows of K numbers that start ``at[b]``, 0 beyond their edges.
+
+    Other programs may have written them, so they are read past the first-level cache, which does not see those writes.
+    """
+    mask = m_b[:, None] & (o_k < K)[None, :]
+    return tl.load(p_a + at[:, None] + o_k[None, :], mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def add_product(
+    acc, p_a, at, m_b, K, p_w, o_n, N, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + A W: row b of A is the K numbers from ``p_a + at[b]``, W[k, n] stands at k * STRIDE_K + n * STRIDE_N."""
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        a = load_shared(p_a, at, o_k, m_b, K)
+        acc = tl.dot(a, load_weight(p_w, o_k, o_n, K, N, STRIDE_K, STRIDE_N), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def first_row(o_b, T, B, BACKWARDS: tl.constexpr):
+    """The rows of the first step taken, 64 bits wide."""
+    if BACKWARDS:
+        return o_b.to(tl.int64) + (T - 1).to(tl.int64) * B
+    else:
+        return o_b.to(tl.int64)
+
+
+@triton.jit
+def step_index(s, T, BACKWARDS: tl.constexpr):
+    """The t of the s-th step taken."""
+    if BACKWARDS:
+        return T - 1 - s
+    else:
+        return s
+
+
+@triton.jit
+def load_lengths(p_lengths, o_b, m_b, T):
+    """The number of steps of each sequence; 0 for rows beyond the batch, so that they never have a step."""
+    if p_lengths is None:
+        return tl.where(m_b, T, 0)
+    else:
+        return tl.load(p_lengths + o_b, m_b, other=0).to(tl.int32)
+
+
+@triton.jit
+def input_rows(p_ids, row, m_b):
+    """Where the inputs of rows stand: at their own places, or at those that ids name in a table."""
+    if p_ids is None:
+        return row
+    else:
+        return tl.load(p_ids + row, m_b, other=0)
+
+
+@triton.jit
+def unless_fresh(p_reset, row, exists, value):
+    """`value`, with zeros for the rows that start afresh at this step."""
+    if p_reset is None:
+        return value
+    else:
+        fresh = tl.load(p_reset + row, exists, other=0) != 0
+        return tl.where(fresh[:, None], 0.0, value)
+
+
+@triton.jit
+def starting_mask(p_reset, row, exists):
+    """The rows whose state counts at this step: those that exist and do not start afresh."""
+    if p_reset is None:
+        return exists
+    else:
+        return exists & (tl.load(p_reset + row, exists, other=1) == 0)
+
+
+@triton.jit
+def is_first(t, length, REVERSE: tl.constexpr):
+    """Whether a sequence's step t is the first that forward takes, so that it starts from the initial state."""
+    if REVERSE:
+        return t == length - 1
+    else:
+        return (t + length * 0) == 0
+
+
+@triton.jit
+def load_previous(p_states, p_first, row_before, o_b, o_n, first, exists, m_n, WIDTH: tl.constexpr):
+    """The states that a step started from: those of the step before it, or the initial ones where it is the first."""
+    m_before, m_first = (exists & ~first)[:, None] & m_n[None, :], (exists & first)[:, None] & m_n[None, :]
+    before = load_float(p_states + row_before[:, None] * WIDTH + o_n[None, :], m_before)
+    return before + load_float(p_first + o_b.to(tl.int64)[:, None] * WIDTH + o_n[None, :], m_first)
+
+
+@triton.jit
+def meet(p_turn, arrivals, PROGRAMS: tl.constexpr):
+    """Wait until all PROGRAMS programs of a group are here; what each has written, all can read.
+
+    `arrivals` is how often the group will have been reached in all. Programs of a group must run at the same time: the
+    launch is cooperative.
+    """
+    tl.debug_barrier()
+    if PROGRAMS > 1:
+        tl.atomic_add(p_turn, 1, sem="release")
+        while tl.atomic_add(p_turn, 0, sem="acquire") < arrivals:
+            pass
+        tl.debug_barrier()
+
+
+@triton.jit
+def load_gates(p, row, o_n, m, H: tl.constexpr):
+    """Four tiles that stand H apart in rows of 4 H."""
+    at = p + row[:, None] * (4 * H) + o_n[None, :]
+    i, f = tl.load(at, m, other=0.0), tl.load(at + H, m, other=0.0)
+    return i, f, tl.load(at + 2 * H, m, other=0.0), tl.load(at + 3 * H, m, other=0.0)
+
+
+@triton.jit
+def store_gates(p, row, o_n, m, i, f, g, o, H: tl.constexpr):
+    """Store what `load_gates` loads."""
+    at = p + row[:, None] * (4 * H) + o_n[None, :]
+    store_as(at, i, m)
+    store_as(at + H, f, m)
+    store_as(at + 2 * H, g, m)
+    store_as(at + 3 * H, o, m)
+
+
+@triton.jit
+def copy_tiles(p_from, p_to, row_b, m_b, n_first, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, BN: tl.constexpr):
+    """Copy this program's tiles of a state, each in its memory's dtype."""
+    for n in range(n_first, WIDTH, PROGRAMS * BN):
+        o_n = n + tl.arange(0, BN)
+        m, at = m_b[:, None] & (o_n < WIDTH)[None, :], row_b[:, None] * WIDTH + o_n[None, :]
+        store_as(p_to + at, load_float(p_from + at, m), m)
+
+
+@triton.jit
+def finish_state(p_y, p_old, p_new, row, row_b, o_n, m, exists, h_next, P: tl.constexpr):
+    """A step's h into y and into the next state; where a row has no such step, 0 and the old state."""
+    at, there = row_b[:, None] * P + o_n[None, :], exists[:, None]
+    store_as(p_y + row[:, None] * P + o_n[None, :], tl.where(there, h_next, 0.0), m)
+    store_as(p_new + at, tl.where(there, h_next, load_float(p_old + at, m)), m)
+
+
+@triton.jit
+def add_back(
+    p_da, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, K: tl.constexpr, WIDTH: tl.constexpr,
+    CARRY: tl.constexpr, PROGRAMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """This program's tiles of the gradient of the state before a step: K gradients of pre-activations times W_hh.
+
+    It goes into `dh` (B, WIDTH), float32 scratch that this program alone uses, with CARRY on top of what is there. Rows
+    without this step keep what they have.
+    """
+    for n in range(n_first, WIDTH, PROGRAMS * BN):
+        o_n = n + tl.arange(0, BN)
+        m, at = exists[:, None] & (o_n < WIDTH)[None, :], row_b[:, None] * WIDTH + o_n[None, :]
+        if CARRY:
+            back = load_float(p_dh + at, m)
+        else:
+            back = tl.zeros((m_b.shape[0], BN), tl.float32)
+        back = add_product(back, p_da, row * K, exists, K, p_w, o_n, WIDTH, WIDTH, 1, BK, PRECISION)
+        tl.store(p_dh + at, unless_fresh(p_reset, row, exists, back), m)
+    tl.debug_barrier()

@@ -1,0 +1,190 @@
+"""What the kernels of every cell share on the host: argument checks, launches, products after the loop, variants."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tuning
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+class Variant(NamedTuple):
+    """A kernel as one kind of launch compiles it.
+
+    ``signature`` gives the Triton type of every parameter that ``constexprs`` does not fix; ``aligned`` names the
+    pointers (and integers) that are multiples of 16.
+    """
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    aligned: tuple[str, ...]
+    maxnreg: int | None = None
+
+
+def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
+    """``(T, B, I, H)`` of the arguments of a cell's op, by name.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not go with the others; kernels would read beyond it.
+    """
+    op = f"{cell}_{'backward' if 'dy' in given else 'forward'}"
+    x, h0 = given["x"], given["h0"]
+    if x.dim() != 3 or h0.dim() != 2:
+        raise RuntimeError(f"{op}: x must be (T, B, I) and h0 (B, H), got {tuple(x.shape)} and {tuple(h0.shape)}")
+    (time, batch, inputs), width = x.shape, h0.shape[1]
+    hidden = given["c0"].shape[-1] if cell == "lstm" else width
+    rows, kept = GATES[cell] * hidden, 4 * hidden
+    shapes = dict(
+        h0=(batch, width), c0=(batch, hidden), w_ih=(rows, inputs), w_hh=(rows, width), b_ih=(rows,), b_hh=(rows,),
+        w_hr=(width, hidden), lengths=(batch,), reset=(time, batch), y=(time, batch, width), dy=(time, batch, width),
+        dhn=(batch, width), dcn=(batch, hidden), gates=(time, batch, kept), cells=(time, batch, hidden),
+    )  # fmt: skip
+    for name, shape in shapes.items():
+        tensor = given.get(name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(
+                f"{op}: {name} must be {shape} for T={time} B={batch} I={inputs} H={hidden}, got {tuple(tensor.shape)}"
+            )
+        dtype = {"lengths": torch.int64, "reset": torch.bool}.get(name, x.dtype)
+        if tensor.dtype != dtype or tensor.device != x.device:
+            raise RuntimeError(f"{op}: {name} must be {dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
+    if width != hidden and given.get("w_hr") is None:
+        raise RuntimeError(f"{op}: h0 must be (B, H) = {(batch, hidden)} without w_hr, got {tuple(h0.shape)}")
+    return time, batch, inputs, hidden
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Uninitialised contiguous tensors of the same kind."""
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
+def floats(x: Tensor, *shape: int) -> Tensor:
+    """Float32 scratch on the device of `x`."""
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """The multiprocessors of the GPU of `x`; for a CPU, where kernels are interpreted, enough to form groups."""
+    return _processors(x.device) if x.is_cuda else 8
+
+
+def flag(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as the bytes that kernels read."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def precision(x: Tensor) -> str:
+    """How products of float32 are taken: as torch.matmul takes them on this device, TF32 where that is allowed.
+
+    Where it is not, three TF32 products make up one of float32 ("tf32x3"), which keeps the tensor cores.
+    """
+    if x.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def run(kernel, plan: tuning.Plan, *args, **constants) -> None:
+    """Launch on the device of the first argument; nothing to do for an empty batch."""
+    if args[0].numel() == 0 and 0 in plan.grid:
+        return
+    names = kernel.arg_names
+    blocks = {name: value for name, value in plan.blocks.items() if name in names}
+    options = dict(num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.maxnreg)
+    if plan.programs > 1:
+        options["launch_cooperative_grid"] = True
+    guard = torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[plan.grid](*args, **constants, **blocks, **options)
+
+
+def weight_gradient(left: Tensor, right: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Sum of the outer products over time and batch, ``(T,B,M), (T,B,N) -> (M,N)``, as one matrix product.
+
+    With ``lengths``, what ``right`` holds beyond them does not count, not even a NaN.
+    """
+    if lengths is not None:
+        beyond = torch.arange(right.shape[0], device=right.device).unsqueeze(-1) >= lengths
+        right = right.masked_fill(beyond.unsqueeze(-1), 0)
+    return left.flatten(0, 1).t() @ right.flatten(0, 1)
+
+
+def previous(y: Tensor, first: Tensor, lengths: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+    """The state ``(T, B, .)`` that each step started from, of every step's result and the initial state."""
+    start = first.unsqueeze(0)
+    if not reverse:
+        before = torch.cat((start, y[:-1]))[: y.shape[0]]
+    else:
+        before = torch.cat((y[1:], start))[: y.shape[0]]
+        if lengths is not None:
+            t = torch.arange(y.shape[0], device=y.device).unsqueeze(-1)
+            before = torch.where((t == lengths - 1).unsqueeze(-1), start, before)
+    return before if reset is None else before.masked_fill(reset.unsqueeze(-1), 0)
+
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_INTEGERS = {"p_lengths": "*i64", "p_reset": "*u8", "p_turn": "*i32", "T": "i32", "B": "i32", "I": "i32"}
+_SCRATCH = ("p_dh", "p_c", "p_dc", "p_h")  # float32 whatever the dtype
+
+
+def variants_of(cell: str, kernels: dict[str, Any], **constants) -> list[Variant]:
+    """Each of a cell's kernels in each dtype at sizes that take each form, without and with the optional arguments."""
+    found, sizes = [], ((20, 3), (64, 64), (128, 64), (256, 4096), (512, 16))
+    for dtype, short in _TYPES.items():
+        for hidden, batch in sizes if dtype != torch.float16 else sizes[1::3]:  # compiled as bfloat16 is
+            for way in ("forward", "backward"):
+                plan = tuning.sequence(cell, way, hidden, batch, dtype, 132)
+                name = f"{'resident' if plan.resident else 'tiled'}_{way}"
+                found.append(_variant(f"{cell}/{name}/{short}/{hidden}", kernels[name], plan, dtype, hidden, constants))
+                if cell == "lstm" and hidden == 20:
+                    plan = tuning.sequence(cell, way, hidden, batch, dtype, 132, projection=True)
+                    name, given = f"tiled_{way}", constants | dict(P=10)
+                    title = f"{cell}/{name}/{short}/{hidden}to10"
+                    found.append(_variant(title, kernels[name], plan, dtype, hidden, given))
+            if hidden in (20, 512):
+                plan = tuning.step(cell, hidden, batch, dtype)
+                found.append(_variant(f"{cell}/step/{short}/{hidden}", kernels["step"], plan, dtype, hidden, constants))
+    return found
+
+
+def _variant(name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: int, constants: dict) -> Variant:
+    """Lengths and a reset mask are there where H is no multiple of 16, so that both ways are compiled.
+
+    A projection is there where P is not H.
+    """
+    short, aligned = _TYPES[dtype], []
+    bare, projection = hidden % 16 == 0, ("p_wr", "p_dhs", "p_m")
+    known = plan.blocks | dict(H=hidden, P=hidden, REVERSE=not bare, p_ids=None) | constants
+    known["PRECISION"] = "tf32x3" if dtype == torch.float32 else "ieee"
+    fixed: dict[str, object] = {}
+    signature: dict[str, str] = {}
+    for parameter in kernel.arg_names:
+        if parameter in known:
+            fixed[parameter] = known[parameter]
+        elif (parameter in ("p_lengths", "p_reset") and bare) or (parameter in projection and known["P"] == hidden):
+            fixed[parameter] = None
+        else:
+            signature[parameter] = _INTEGERS.get(parameter, f"*{'fp32' if parameter in _SCRATCH else short}")
+            aligned += [parameter] if parameter.startswith("p_") or (parameter == "I" and bare) else []
+    return Variant(name, kernel, signature, fixed, plan.warps, plan.stages, tuple(aligned), plan.maxnreg)
+

@@ -1,0 +1,107 @@
+"""The launch configuration of every kernel: a pure function of the cell, the sizes, the dtype and the device's size.
+
+A sequence runs in one of two forms. *Resident*: one program has a slice of the batch, all of H, and W_hh on chip.
+*Tiled*: a group of programs has a slice of the batch, each a part of H, and reads its part of W_hh from cache in every
+step; groups of more than one need all their programs to run at once, so their grid is never larger than the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+# What W_hh may take of the 256 KiB of registers, or of the 163 KiB of shared memory, of a multiprocessor of
+# compute capability 8.0; the compiler decides which. The rest is for sums, states and the next step's input.
+RESIDENT_BYTES = 128 * 1024
+
+
+class Plan(NamedTuple):
+    """A grid, its block sizes as the kernels' constants, and warps and stages.
+
+    ``maxnreg`` tells the assembler how many registers a thread may have; None leaves it to guess how many programs
+    should share a multiprocessor, for whose sake it may spill.
+    """
+
+    resident: bool
+    grid: tuple[int, ...]
+    blocks: dict[str, int]
+    warps: int
+    stages: int
+    programs: int = 1
+    maxnreg: int | None = None
+
+    def turns(self, like: Tensor) -> Tensor:
+        """The counters at which groups meet, one a group; zero bytes of them where a group is one program."""
+        return like.new_zeros(self.grid[-1] if self.programs > 1 else 0, dtype=torch.int32)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded(size: int) -> int:
+    """The least block of at least `size`: a power of two, and 16 for the tensor cores."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def resident_bytes(cell: str, hidden: int, dtype: torch.dtype) -> int:
+    """What W_hh takes in registers; an element of float32 is kept as two parts of TF32."""
+    return GATES[cell] * padded(hidden) ** 2 * (8 if dtype == torch.float32 else 2)
+
+
+def sequence(
+    cell: str, way: str, hidden: int, batch: int, dtype: torch.dtype, sms: int, projection: bool = False
+) -> Plan:
+    """The plan of a whole sequence, `way` "forward" or "backward", on a device of `sms` multiprocessors."""
+    size = resident_bytes(cell, hidden, dtype)
+    if size <= RESIDENT_BYTES and not projection:
+        warps = 4 if size <= RESIDENT_BYTES // 4 else 8
+        return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1, maxnreg=224)
+    rows = _rows(batch, sms)
+    units, depth = (32 if cell == "rnn" else 16), (32 if dtype == torch.float32 else 64)
+    groups, tiles = cdiv(batch, rows), cdiv(hidden, units)
+    room = max(1, sms // max(groups, 1))
+    programs = min(tiles, 1 << (room.bit_length() - 1))  # powers of two, so that few batch sizes compile anew
+    programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each
+    blocks = dict(BB=rows, BN=units, BK=depth, PROGRAMS=programs)
+    warps = 8 if rows > (16 if way == "forward" else 32) else 4
+    stages = 2 if projection and dtype == torch.float32 else 3  # two pipelines of three products each: registers
+    return Plan(False, (programs, groups), blocks, warps, stages, programs)
+
+
+def step_microseconds(cell: str, hidden: int, batch: int, dtype: torch.dtype, sms: int) -> float:
+    """An estimate of a step of the forward pass, not a measurement: what its slowest program waits for.
+
+    A resident step waits for its products, which read W_hh from shared memory where the compiler puts it, and for its
+    tiles to change layout, about 1.2 us. A tiled one waits for the group, about 1.2 us as a grid does, and for its
+    tiles of W_hh from the second-level cache, which gives each of 132 multiprocessors 40 kB a us.
+    """
+    plan = sequence(cell, "forward", hidden, batch, dtype, sms)
+    if plan.resident:
+        return 1.2 * cdiv(plan.grid[0], sms)
+    waves = cdiv(plan.grid[0] * plan.grid[1], sms)
+    tiles = cdiv(cdiv(hidden, plan.blocks["BN"]), plan.programs)
+    moved = tiles * plan.blocks["BN"] * GATES[cell] * hidden * (4 if dtype == torch.float32 else 2)
+    return (1.2 if plan.programs > 1 else 0.0) + waves * moved / 40_000
+
+
+def _rows(batch: int, sms: int) -> int:
+    """Sequences a program: as few as the tensor cores take until the device is full, then more to share the weights."""
+    return 16 if batch <= 16 * sms else 32 if batch <= 32 * sms else 64
+
+
+def step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
+    """The plan of a single step: sums over the inputs and the state in blocks, one program a tile of units and rows."""
+    rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
+    units, depth = 32 if cell == "rnn" else 16, 32 if dtype == torch.float32 else 64
+    return Plan(False, (cdiv(hidden, units), cdiv(batch, rows)), dict(BB=rows, BN=units, BK=depth), 4, 3)
+
+
+def token_step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
+    """The plan of a step of generation: as `step`, but in blocks that do not depend on the batch, nor do then a row's
+    bits: 16 rows, the least that tensor cores take."""
+    alone = step(cell, hidden, 1, dtype)
+    return alone._replace(grid=(alone.grid[0], cdiv(batch, alone.blocks["BB"])))

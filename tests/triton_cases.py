@@ -1,0 +1,77 @@
+"""What the tests of the Triton kernels share: arguments and calls by name, and the comparison with the definition."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from fastrnn import gpu, reference
+from fastrnn.library import ARGUMENTS, GATES, RESULTS
+from oracle import check
+
+NEEDED = "needs Triton and either a CUDA GPU or TRITON_INTERPRET=1"
+
+
+def runs_here() -> bool:
+    """Whether the kernels can run on this machine, compiled or interpreted."""
+    return gpu.triton_missing() is None and (torch.cuda.is_available() or gpu.interpreting())
+
+
+def forward_case(
+    kind, device, dtype=torch.float32, time=5, batch=3, inputs=7, hidden=5, masked=False, reverse=False, bias=True
+):
+    """A cell and the arguments of its forward op by name."""
+    cell, _, detail = kind.partition("-")
+    width = max(1, hidden // 2 + 1) if detail == "proj" else hidden
+    rows, scale = GATES[cell] * hidden, 0.5 * hidden**-0.5
+
+    def make(*shape, scale=1.0):
+        return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    a = {"x": make(time, batch, inputs), "h0": make(batch, width), "w_ih": make(rows, inputs, scale=scale)}
+    a["w_hh"] = make(rows, width, scale=scale)
+    a["b_ih"], a["b_hh"] = (make(rows, scale=0.3), make(rows, scale=0.3)) if bias else (None, None)
+    if cell == "lstm":
+        a["c0"] = make(batch, hidden)
+        a["w_hr"] = make(width, hidden, scale=hidden**-0.5) if detail == "proj" else None
+    a["lengths"] = torch.randint(0, time + 1, (batch,)).to(device) if masked else None
+    if masked and batch > 1:
+        a["lengths"][0], a["lengths"][1] = 0, time
+    a["reset"] = (torch.rand(time, batch) < 0.3).to(device) if masked else None
+    a["reverse"] = reverse
+    a |= {"nonlinearity": detail} if cell == "rnn" else {"save": True}
+    return cell, a
+
+
+def ours(op):
+    return getattr(importlib.import_module(f"fastrnn.kernels.{op.partition('_')[0]}"), op)
+
+
+def call(op, named, function=ours):
+    """Results by name of a forward or backward function."""
+    return dict(zip(RESULTS[op], function(op)(*(named[n] for n in ARGUMENTS[op])), strict=True))
+
+
+def definition(op):
+    return getattr(reference, op)
+
+
+def with_gradients(cell, a, function=ours):
+    """The arguments of the backward op by name: what forward returned, and gradients of its results."""
+    named = a | call(f"{cell}_forward", a, function)
+    named |= {"dy": torch.randn_like(named["y"]), "dhn": torch.randn_like(named["hn"])}
+    return named | ({"dcn": torch.randn_like(named["cn"])} if cell == "lstm" else {})
+
+
+def hold_to_definition(cell, a, way, function=ours):
+    """Forward or backward against the definition; backward takes what the definition's forward kept."""
+    named = a if way == "forward" else with_gradients(cell, a, definition)
+    op = f"{cell}_{way}"
+    check(function(op), definition(op), [named[n] for n in ARGUMENTS[op]], op)
+
+
+def assert_equal(actual, expected, what):
+    __tracebackhide__ = True
+    assert actual.shape == expected.shape, what
+    assert torch.equal(actual, expected), f"{what}: differs by {(actual.double() - expected.double()).abs().max()}"
