@@ -139,8 +139,8 @@ int main(int, char** arguments) {
       test_network(cell, precision, 2, 7, 5, 3, few);
       if (few) continue;
       test_network(cell, precision, 1, 1, 1, 0, false);
-      test_network(cell, precision, 1, 33, 70, 0, false);
-      test_network(cell, precision, 1, 12, 300, 5, false);
+      test_network(cell, precision, 1, 33, 70, 0, true);
+      test_network(cell, precision, 1, 12, 300, 5, true);
       test_reading(cell, precision);
     }
   test_stop();
