@@ -1,6 +1,7 @@
 """The benchmarks run and write their columns, and every peer of generation computes the network it is compared on."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,15 @@ SMALL = {
 
 
 def run(script: str, *arguments: str) -> str:
+    # Interpreted Triton kernels are no rival: their draws take minutes.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", f"bench.{script}", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", f"bench.{script}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
