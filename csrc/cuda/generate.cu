@@ -125,8 +125,9 @@ template <int PerWord, int Tile>
 __device__ __forceinline__ void head_item(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity,
                                           int64_t column, int64_t first) {
   float acc[1][Tile];
+  const float bias = reinterpret_cast<const float*>(chip.weights + head_bias_at(c.net))[column];
 #pragma unroll
-  for (int r = 0; r < Tile; ++r) acc[0][r] = reinterpret_cast<const float*>(chip.weights + head_bias_at(c.net))[column];
+  for (int r = 0; r < Tile; ++r) acc[0][r] = bias;
   product<PerWord, 1, Tile>(chip.weights + head_at(c.net) + column, k_words(c.net), columns_of(c.net),
                             chip.h_of(c.net.L - 1, parity ^ 1) + first, s.pitch, acc);
 #pragma unroll

@@ -1,3 +1,4 @@
+// Host code, no kernel: the queue, the log and the memory of the loop on a GPU (generate_session.h).
 #include "generate_session.h"
 
 #include <cmath>
