@@ -8,6 +8,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#ifdef FASTRNN_WITH_CUDA
+#include <dlfcn.h>
+#endif
+
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -171,5 +175,21 @@ inline Pool threads() {
             torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { task(begin, end, ctx); });
           }};
 }
+
+#ifdef FASTRNN_WITH_CUDA
+// torch's current stream of a GPU, a cudaStream_t. The function is in libtorch_cuda alone, which a CPU-only torch lacks
+// and which no symbol of this module may need; where it is loaded, dlopen finds it.
+inline void* current_stream(int64_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  if (get == nullptr) throw std::runtime_error("this torch has no CUDA: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(static_cast<int32_t>(device), &stream));
+  return stream;
+}
+#endif
 
 }  // namespace fr

@@ -14,7 +14,6 @@
 #define FR_CUDA_OPS fastrnn_cuda_on_cpu
 #define FR_CUDA_KEY CPU
 #else
-#include <dlfcn.h>
 #define FR_CUDA_OPS fastrnn_cuda
 #define FR_CUDA_KEY CUDA
 #endif
@@ -63,19 +62,7 @@ struct OnDevice {
 };
 #else
 using OnDevice = torch::stable::accelerator::DeviceGuard;
-// torch's current stream of a GPU. The function lies in a library that a CPU-only torch does not have and that no other
-// way than this finds: torch loads it privately.
-void* current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  if (!get) throw std::runtime_error("fastrnn_cuda: this torch is not a CUDA build, so it has no CUDA stream");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return stream;
-}
+using fr::current_stream;
 #endif
 
 // A call of the kernels of cuda/cells.h. The kernels read 16 bytes at once.

@@ -1,7 +1,6 @@
-// Registers the generation loop as torch.ops.fastrnn_cpu.generator_*: packed networks and sessions live here behind
-// numbers, which fastrnn/generator.py owns and frees.
+// Registers the generation loops as torch.ops.fastrnn_cpu.generator_* and, where CUDA is built in, fastrnn_cuda: packed
+// networks and sessions live here behind numbers, which fastrnn/native.py owns and frees. All tensors are on the CPU.
 #include <algorithm>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -10,12 +9,17 @@
 #include <vector>
 
 #include "bindings.h"
+#include "registry.h"
 #include "cpu/row_states.h"
 #include "cpu/session.h"
+#ifdef FASTRNN_WITH_CUDA
+#include "cuda/generate_session.h"
+#endif
 
 namespace {
 
 using fr::MaybeTensor;
+using fr::Registry;
 using fr::ScalarType;
 using fr::Tensor;
 
@@ -24,40 +28,12 @@ constexpr int64_t kMostMicroseconds = int64_t{1} << 50;
 
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error("generator: " + what); }
 
-// Objects by number. A number that is in use by a call keeps its object alive.
-template <class T> class Registry {
- public:
-  int64_t put(std::shared_ptr<T> object) {
-    const std::lock_guard<std::mutex> guard(guard_);
-    objects_.emplace(++last_, std::move(object));
-    return last_;
-  }
-  std::shared_ptr<T> get(int64_t number) {
-    const std::lock_guard<std::mutex> guard(guard_);
-    const auto found = objects_.find(number);
-    if (found == objects_.end()) fail("there is no object number " + std::to_string(number) + ", or it was freed");
-    return found->second;
-  }
-  void erase(int64_t number) {
-    std::shared_ptr<T> last;  // destroyed outside the lock
-    const std::lock_guard<std::mutex> guard(guard_);
-    const auto found = objects_.find(number);
-    if (found == objects_.end()) return;
-    last = std::move(found->second);
-    objects_.erase(found);
-  }
-
- private:
-  std::mutex guard_;
-  std::map<int64_t, std::shared_ptr<T>> objects_;
-  int64_t last_ = 0;
-};
-
 // A session and the lock that keeps two threads from running it at once.
 struct Running {
-  explicit Running(std::unique_ptr<fr::Session> s) : session(std::move(s)) {}
+  explicit Running(std::unique_ptr<fr::GenerationLoop> s, int on = -1) : session(std::move(s)), device(on) {}
   std::mutex guard;
-  std::unique_ptr<fr::Session> session;
+  std::unique_ptr<fr::GenerationLoop> session;
+  int device;  // the GPU, or -1
 };
 
 Registry<fr::PackedNetwork>& networks() {
@@ -98,8 +74,8 @@ fr::Precision precision_of(const std::string& name) {
 }
 
 // inputs (V, E) or none for one-hot; weights: w_ih, w_hh and, with `bias`, b_ih, b_hh of each layer in turn.
-int64_t generator_pack(std::string cell, std::string precision, MaybeTensor inputs, std::vector<Tensor> weights,
-                       bool bias, Tensor head, MaybeTensor head_bias) {
+fr::NetworkWeights weights_of(const std::string& cell, const MaybeTensor& inputs, const std::vector<Tensor>& weights,
+                              bool bias, const Tensor& head, const MaybeTensor& head_bias) {
   fr::NetworkWeights n{};
   n.cell = cell_of(cell);
   n.V = head.size(0), n.H = head.size(-1);
@@ -121,6 +97,12 @@ int64_t generator_pack(std::string cell, std::string precision, MaybeTensor inpu
   n.inputs = inputs ? dense<float>("inputs", *inputs, n.V * n.E) : nullptr;
   n.head = dense<float>("head", head);
   n.head_bias = head_bias ? dense<float>("head_bias", *head_bias, n.V) : nullptr;
+  return n;
+}
+
+int64_t generator_pack(std::string cell, std::string precision, MaybeTensor inputs, std::vector<Tensor> weights,
+                       bool bias, Tensor head, MaybeTensor head_bias) {
+  const fr::NetworkWeights n = weights_of(cell, inputs, weights, bias, head, head_bias);
   return networks().put(fr::pack_network(n, precision_of(precision)));
 }
 
@@ -143,7 +125,7 @@ std::vector<int32_t> ids_below(const char* name, const int64_t* id, int64_t n, i
 
 // The start states of a batch of requests: h, c, logits, tail, seen of each in turn; c is empty where h is all.
 std::vector<std::shared_ptr<const fr::StartState>> start_states(const std::vector<Tensor>& parts,
-                                                                const fr::PackedNetwork& net) {
+                                                                const fr::NetworkShape& net) {
   if (parts.size() % 5) fail("states must hold five tensors of each state, got " + std::to_string(parts.size()));
   std::vector<std::shared_ptr<const fr::StartState>> states;
   for (size_t i = 0; i + 4 < parts.size(); i += 5) {
@@ -195,7 +177,7 @@ void generator_add(int64_t session, Tensor numbers, Tensor reals, Tensor ids, st
   const int64_t* number = dense<int64_t>("numbers", numbers, n * kColumns);
   const float* real = dense<float>("reals", reals, n * kReals);
   const int64_t *id = dense<int64_t>("ids", ids), *end = id + ids.numel();
-  const fr::PackedNetwork& net = running->session->network();
+  const fr::NetworkShape net = running->session->shape();
   const auto starts = start_states(states, net);
   std::vector<fr::GenerationRequest> requests(static_cast<size_t>(n));
   for (fr::GenerationRequest& q : requests) {
@@ -231,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> generator_run(Tensor like, in
   const std::lock_guard<std::mutex> guard(running->guard);
   if (microseconds < 0 || microseconds > kMostMicroseconds || steps < 0)
     fail("microseconds and steps must not be negative, microseconds at most 2^50");
-  fr::Session& s = *running->session;
+  fr::GenerationLoop& s = *running->session;
   s.run(microseconds, steps, more, keep_events);
   const std::vector<fr::GenerationResult> results = s.take_results();
   const std::vector<fr::TokenEvent> events = s.take_events();
@@ -288,22 +270,84 @@ std::tuple<Tensor, Tensor, Tensor> generator_read(int64_t network, Tensor ids, T
 void free_network(int64_t network) { networks().erase(network); }
 void free_session(int64_t session) { sessions().erase(session); }
 
+#ifdef FASTRNN_WITH_CUDA
+using torch::stable::accelerator::DeviceGuard;
+
+Registry<fr::cuda::PackedNetwork>& gpu_networks() {
+  static Registry<fr::cuda::PackedNetwork> all;
+  return all;
+}
+
+int64_t gpu_pack(std::string cell, std::string precision, MaybeTensor inputs, std::vector<Tensor> weights, bool bias,
+                 Tensor head, MaybeTensor head_bias, int64_t device) {
+  const fr::NetworkWeights n = weights_of(cell, inputs, weights, bias, head, head_bias);
+  const DeviceGuard guard(static_cast<int32_t>(device));
+  return gpu_networks().put(fr::cuda::pack_network(n, precision_of(precision), static_cast<int>(device)));
+}
+
+int64_t gpu_weight_bytes(int64_t network) { return gpu_networks().get(network)->weight_bytes; }
+
+// Why a network does not fit one multiprocessor of `shared_bytes` of shared memory, or nothing.
+std::string gpu_refusal(std::string cell, std::string precision, int64_t L, int64_t H, int64_t V,
+                        int64_t shared_bytes) {
+  const fr::cuda::NetworkSizes n = fr::cuda::sizes_of(cell_of(cell), L, H, V, precision_of(precision));
+  const fr::cuda::GeneratePlan plan = fr::cuda::plan_generate(n, 1, 1, shared_bytes);
+  return plan.fits ? "" : std::to_string(plan.needed_bytes);
+}
+
+int64_t gpu_start(int64_t network, int64_t rows, bool windowed, int64_t) {
+  if (rows < 1 || rows > kMostRows) fail("rows must be 1 to " + std::to_string(kMostRows));
+  if (windowed) fail("the loop on the GPU carries its state from token to token");
+  const auto net = gpu_networks().get(network);
+  const DeviceGuard guard(net->device);
+  return sessions().put(std::make_shared<Running>(
+      std::make_unique<fr::cuda::Session>(net, rows, fr::current_stream(net->device)), net->device));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_run(Tensor like, int64_t session, int64_t microseconds,
+                                                           int64_t steps, bool more, bool keep_events) {
+  const DeviceGuard guard(sessions().get(session)->device);
+  return generator_run(like, session, microseconds, steps, more, keep_events);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gpu_read(int64_t network, Tensor ids, Tensor h, Tensor c, int64_t) {
+  const auto net = gpu_networks().get(network);
+  const DeviceGuard guard(net->device);
+  const int64_t size = net->sizes.L * net->sizes.H;
+  const bool has_c = net->cell == fr::Cell::lstm;
+  const float *from_h = dense<float>("h", h, size), *from_c = dense<float>("c", c, has_c ? size : 0);
+  Tensor hn = torch::stable::new_empty(h, h.sizes()), cn = torch::stable::new_empty(c, c.sizes());
+  Tensor logits = vector_of(h, net->sizes.V, ScalarType::Float);
+  auto *to_h = static_cast<float*>(hn.data_ptr()), *to_c = static_cast<float*>(cn.data_ptr());
+  std::copy_n(from_h, size, to_h);
+  std::copy_n(from_c, has_c ? size : 0, to_c);
+  fr::cuda::read(*net, ids_below("ids", dense<int64_t>("ids", ids), ids.numel(), net->sizes.V), to_h, to_c,
+                 static_cast<float*>(logits.data_ptr()), fr::current_stream(net->device));
+  return {hn, cn, logits};
+}
+
+void gpu_free_network(int64_t network) { gpu_networks().erase(network); }
+#endif
+
 }  // namespace
 
+#define FR_WEIGHTS \
+  "str cell, str precision, Tensor? inputs, Tensor[] weights, bool bias, Tensor head, Tensor? head_bias"
+#define FR_SHARED_SCHEMAS(m)                                                                                     \
+  m.def("generator_weight_bytes(int network) -> int");                                                           \
+  m.def("generator_start(int network, int rows, bool windowed, int threads) -> int");                            \
+  m.def("generator_add(int session, Tensor numbers, Tensor reals, Tensor ids, Tensor[] states) -> ()");          \
+  m.def(                                                                                                         \
+      "generator_run(Tensor like, int session, int microseconds, int steps, bool more, bool keep_events)"        \
+      " -> (Tensor results, Tensor tokens, Tensor logprobs, Tensor events, Tensor waiting)");                    \
+  m.def("generator_stop(int session, int index) -> ()");                                                         \
+  m.def("generator_read(int network, Tensor ids, Tensor h, Tensor c, int threads) -> (Tensor, Tensor, Tensor)"); \
+  m.def("generator_free_network(int network) -> ()");                                                            \
+  m.def("generator_free_session(int session) -> ()")
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cpu, m) {
-  m.def(
-      "generator_pack(str cell, str precision, Tensor? inputs, Tensor[] weights, bool bias, Tensor head, Tensor? "
-      "head_bias) -> int");
-  m.def("generator_weight_bytes(int network) -> int");
-  m.def("generator_start(int network, int rows, bool windowed, int threads) -> int");
-  m.def("generator_add(int session, Tensor numbers, Tensor reals, Tensor ids, Tensor[] states) -> ()");
-  m.def(
-      "generator_run(Tensor like, int session, int microseconds, int steps, bool more, bool keep_events)"
-      " -> (Tensor results, Tensor tokens, Tensor logprobs, Tensor events, Tensor waiting)");
-  m.def("generator_stop(int session, int index) -> ()");
-  m.def("generator_read(int network, Tensor ids, Tensor h, Tensor c, int threads) -> (Tensor, Tensor, Tensor)");
-  m.def("generator_free_network(int network) -> ()");
-  m.def("generator_free_session(int session) -> ()");
+  m.def("generator_pack(" FR_WEIGHTS ") -> int");
+  FR_SHARED_SCHEMAS(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CompositeExplicitAutograd, m) {
@@ -317,3 +361,24 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CompositeExplicitAutograd, m) {
   m.impl("generator_free_network", TORCH_BOX(&free_network));
   m.impl("generator_free_session", TORCH_BOX(&free_session));
 }
+
+#ifdef FASTRNN_WITH_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cuda, m) {
+  m.def("generator_pack(" FR_WEIGHTS ", int device) -> int");
+  m.def("generator_refusal(str cell, str precision, int L, int H, int V, int shared_bytes) -> str");
+  FR_SHARED_SCHEMAS(m);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda, CompositeExplicitAutograd, m) {
+  m.impl("generator_pack", TORCH_BOX(&gpu_pack));
+  m.impl("generator_refusal", TORCH_BOX(&gpu_refusal));
+  m.impl("generator_weight_bytes", TORCH_BOX(&gpu_weight_bytes));
+  m.impl("generator_start", TORCH_BOX(&gpu_start));
+  m.impl("generator_add", TORCH_BOX(&generator_add));
+  m.impl("generator_run", TORCH_BOX(&gpu_run));
+  m.impl("generator_stop", TORCH_BOX(&generator_stop));
+  m.impl("generator_read", TORCH_BOX(&gpu_read));
+  m.impl("generator_free_network", TORCH_BOX(&gpu_free_network));
+  m.impl("generator_free_session", TORCH_BOX(&free_session));
+}
+#endif

@@ -7,7 +7,7 @@ returns None or the sentence saying why this backend does not take it. An explic
 
 Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of
 layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer; and
-``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu``
+``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu`` and ``cuda``
 (`fastrnn.native`) and ``triton`` (`fastrnn.graphed`).
 """
 
@@ -53,10 +53,12 @@ class Call(NamedTuple):
     needs_grad: bool = False
     training: bool = False
     dropout: bool = False
-    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights
+    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights; so the next two
+    vocabulary: int = 0
+    window: bool = False  # the last ids are run again for each token
+    cell: str = ""
     packed: bool = False  # rows of a PackedSequence
     bidirectional: bool = False
-    window: bool = False  # for generate: the last ids are run again for each token
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
@@ -154,22 +156,15 @@ TABLE: dict[str, Backend] = {
     "aten": Backend(_refuse_aten, _load_aten),
     "cpu": Backend(_refuse_cpu, _load_cpu),
     "triton": Backend(gpu.refuse_triton, gpu.load_triton),
-
-
     "cuda": Backend(gpu.refuse_cuda, gpu.load_cuda),
 }
 
 
 def preference(call: Call) -> tuple[tuple[str, str], ...]:
     """The backends in the order in which an automatic choice asks them, each with the reason for its place."""
-    if call.device == "cuda" and call.op in (*CELLS, *CELL_OPS):
+    if call.device == "cuda":
         return gpu.preference(call)
     last = ("reference", "it takes every call")
-    if call.device == "cuda" and call.op == "sample":
-        return ("triton", "one launch or two for the whole draw"), last
-    if call.device == "cuda" and call.op == "generate":
-        reason = "the whole loop runs on the GPU, many tokens a CUDA graph"
-        return ("triton", reason), ("reference", "the loop in Python takes every network")
     if call.op == "generate":
         return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
     if call.op not in CELLS:

@@ -39,8 +39,8 @@ def precision_of(dtype: torch.dtype | None, quantize: str | None) -> str:
 
 
 def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize: str | None = None) -> Runner:
-    """The network's weights as they are now, ready to run: packed for the loop in C++, or on a GPU for the loop there,
-    or for the loop in Python.
+    """The network's weights as they are now, ready to run: packed for the loop in C++ or in CUDA, in the tensors of the
+    loop of Triton kernels, or for the loop in Python.
 
     dtype=torch.bfloat16 rounds the weights and quantize="int8" gives them 8 bits and a scale per row, with float32
     sums and state; None keeps the network's own numbers. `BackendRefusal` where no backend runs that.
@@ -48,11 +48,12 @@ def make_runner(network: Network, *, dtype: torch.dtype | None = None, quantize:
     precision, weight = precision_of(dtype, quantize), network.head.weight
     call = backends.Call(
         "generate", weight.device.type, weight.dtype, 1, 1, network.config.input_size, network.config.hidden_size,
-        network.config.num_layers, precision=precision, window=network.config.state == "window",
+        network.config.num_layers, precision=precision, vocabulary=network.config.vocab_size,
+        window=network.config.state == "window", cell=network.config.cell,
     )  # fmt: skip
     backend = backends.choose(call).backend
-    if backend == "cpu":
-        return PackedNetwork(network, precision)
+    if backend in ("cpu", "cuda"):
+        return PackedNetwork(network, precision, backend)
     return DeviceNetwork(network) if backend == "triton" else Inference(network)
 
 

@@ -28,11 +28,19 @@ LAUNCHED_STEP_US = 4.5
 H100_MULTIPROCESSORS = 132
 # float16 products at large sizes run at about this part of what an H100 publishes (989 TFLOP/s).
 GEMM_TFLOPS = 500.0
+# Of a block's shared memory, what the kernel of the loop and CUDA keep beside the network.
+BLOCKS_OWN_BYTES = 1024
 
 
 def preference(call: Call) -> tuple[tuple[str, str], ...]:
-    """The backends for a cell's op on a GPU in the order in which to ask them, each with the reason for its place."""
+    """The backends for an op on a GPU in the order in which to ask them, each with the reason for its place."""
     last = ("reference", "it takes every call")
+    if call.op == "sample":
+        return ("cuda", "one CUDA kernel reads the logits and draws"), ("triton", "one launch or two a draw"), last
+    if call.op == "generate":
+        within = ("cuda", "the whole loop in one launch, each multiprocessor with a network of its own")
+        graphs = ("triton", "the whole loop runs on the GPU, many tokens a CUDA graph")
+        return within, graphs, ("reference", "the loop in Python takes every network")
     if call.op.partition("_")[2]:
         return ("triton", "Triton kernels: one launch for the whole sequence"), last
     fused, kernels = "aten", "triton"
@@ -102,10 +110,10 @@ def load_triton(op: str) -> Callable:
 def refuse_cuda(call: Call) -> str | None:
     if call.device != "cuda":
         return f"the CUDA kernels run on CUDA GPUs, these tensors are on {call.device}"
-    if call.op in ("sample", "generate"):
-        return f"the CUDA kernels of this build are those of the cells; use reference for {call.op}"
     if missing := cuda_kernels_missing():
         return missing
+    if call.op == "generate":
+        return _refuse_cuda_loop(call)
     if call.transform and call.transform != "torch.compile":
         return f"the CUDA kernels have no rule for {call.transform}; the reference has"
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -115,8 +123,25 @@ def refuse_cuda(call: Call) -> str | None:
     return None
 
 
+def _refuse_cuda_loop(call: Call) -> str | None:
+    """Why the loop in one launch, which keeps a network in one multiprocessor, does not take a call."""
+    if call.dtype != torch.float32:
+        return f"the loop in CUDA packs float32 networks, this one is {str(call.dtype).removeprefix('torch.')}"
+    if call.precision == "int8":
+        return "the loop in CUDA has float32 and bfloat16 weights, not int8"
+    if call.window:
+        return "the loop in CUDA carries its state from token to token; this network runs a window of ids for each"
+    shared = torch.cuda.get_device_properties().shared_memory_per_block_optin - BLOCKS_OWN_BYTES
+    refusal = native("fastrnn_cuda", "generator_refusal")
+    if needed := refusal(call.cell, call.precision, call.layers, call.hidden, call.vocabulary, shared):
+        return f"the network needs {needed} bytes of the {shared} that one multiprocessor of this GPU has"
+    return None
+
+
 def load_cuda(op: str) -> Callable:
     run = native("fastrnn_cuda", op)
+    if not op.endswith(("_forward", "_backward")):
+        return run
 
     def with_precision(*args):
         """Products of float32 are taken as torch.matmul takes them on a GPU."""

@@ -1,7 +1,9 @@
-"""The generation loop in C++ (csrc/cpu/session.h), seen from Python: a packed network, and an engine that feeds it.
+"""The generation loops in C++ (csrc/cpu/session.h) and CUDA (csrc/cuda/generate_session.h), seen from Python: a packed
+network, and an engine that feeds a loop.
 
-It does what `engine.Engine` does, on a float32 network on the CPU, without coming back to Python between tokens: a call
-runs for some milliseconds, so that a signal or a streamed token never waits longer.
+They do what `engine.Engine` does, on a float32 network, without coming back to Python between tokens: a call runs for
+some milliseconds, so that a signal or a streamed token never waits longer. What goes to a loop and comes from it is on
+the CPU; the loop on a GPU keeps its weights, states and queue there.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,26 +28,33 @@ FINISH = ("length", "eos", "error", "stop")
 _NOTHING = torch.empty(0)
 
 
-def _op(name: str):
-    return function("cpu", f"generator_{name}")
-
-
 class PackedNetwork:
-    """A copy of a network's weights as the C++ loop reads them, in ``precision``: float32, bfloat16 or int8."""
+    """A copy of a network's weights as a loop reads them, in ``precision``: float32, bfloat16 or, on the CPU, int8.
 
-    def __init__(self, network: Network, precision: str = "float32") -> None:
-        self.network, self.precision = network, precision
+    backend: ``cpu`` or ``cuda``, which runs on the GPU that holds the network.
+    """
+
+    def __init__(self, network: Network, precision: str = "float32", backend: str = "cpu") -> None:
+        self.network, self.precision, self.backend = network, precision, backend
         config = network.config
         with torch.no_grad():
             inputs = None
             if config.input != "onehot":
                 every = torch.arange(config.vocab_size, device=network.head.weight.device)
-                inputs = network.inputs(every).contiguous()
-            weights = [weight.contiguous() for weight in network.weights()]
-            head, bias = network.head.weight.contiguous(), network.head.bias
-            self.number = _op("pack")(config.cell, precision, inputs, weights, network.rnn.bias, head, bias)
+                inputs = _host(network.inputs(every))
+            weights = [_host(weight) for weight in network.weights()]
+            head, bias = network.head.weight, network.head.bias
+            device = [head.device.index or 0] if backend == "cuda" else []
+            self.number = self.op("pack")(
+                config.cell, precision, inputs, weights, network.rnn.bias, _host(head),
+                None if bias is None else _host(bias), *device,
+            )  # fmt: skip
         self.threads = torch.get_num_threads()
-        weakref.finalize(self, _op("free_network"), self.number)
+        weakref.finalize(self, self.op("free_network"), self.number)
+
+    def op(self, name: str) -> Callable:
+        """The loop's op of that name."""
+        return function(self.backend, f"generator_{name}")
 
     def read(self, prompt: Tensor, state: SequenceState | None, window: int | None) -> tuple[State, Tensor, Tensor]:
         """(hidden, logits, tail) after ``prompt``, 1-D int64, from ``state``: the parts of a `SequenceState`."""
@@ -56,7 +65,8 @@ class PackedNetwork:
         h, c = start if isinstance(start, tuple) else (start, _NOTHING)
         if not len(ids):
             return start, state.logits, ids
-        h, c, logits = _op("read")(self.number, ids.contiguous(), h.contiguous(), c.contiguous(), self.threads)
+        h, c, logits = self.op("read")(self.number, _host(ids), _host(h), _host(c), self.threads)
+        h, c, logits = (part.to(self.network.head.weight.device) for part in (h, c, logits))
         if windowed:
             return zero, logits, ids
         return (h, c) if isinstance(start, tuple) else h, logits, ids[:0]
@@ -86,8 +96,8 @@ class NativeEngine:
         self.stopped: dict[int, int] = {}  # index -> how many tokens it had when it was stopped
         self.completions: list[Completion] = []
         self.results: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.session = _op("start")(packed.number, self.rows, self.windowed, packed.threads)
-        weakref.finalize(self, _op("free_session"), self.session)
+        self.session = packed.op("start")(packed.number, self.rows, self.windowed, packed.threads)
+        weakref.finalize(self, packed.op("free_session"), self.session)
 
     @property
     def busy(self) -> bool:
@@ -101,7 +111,7 @@ class NativeEngine:
         if not self.live:
             return iter(())
         time, steps = (STREAM_MICROSECONDS, STREAM_STEPS) if self.events else (SLICE_MICROSECONDS, 0)
-        results, tokens, logprobs, events, waiting = _op("run")(
+        results, tokens, logprobs, events, waiting = self.packed.op("run")(
             _NOTHING, self.session, time, steps, not self.exhausted, self.events
         )
         before, self.waiting = self.waiting, int(waiting[0])
@@ -115,7 +125,7 @@ class NativeEngine:
         of a request that has failed or drawn an eos."""
         if index in self.live and index not in self.stopped:
             self.stopped[index] = self.seen_tokens.get(index, 0)
-            _op("stop")(self.session, index)
+            self.packed.op("stop")(self.session, index)
 
     def take_completions(self) -> list[Completion]:
         """What has finished since the last call, in the order in which it finished."""
@@ -170,7 +180,7 @@ class NativeEngine:
                 self.live[index] = tokens, request.logprobs
                 self.waiting += 1
         finally:
-            batch.give(self.session)
+            batch.give(self.packed.op("add"), self.session)
 
 
 class _Batch:
@@ -193,18 +203,22 @@ class _Batch:
         self.ids.extend(prompt.tolist())
         self.ids.extend(request.eos)
 
-    def give(self, session: int) -> None:
+    def give(self, add: Callable, session: int) -> None:
         if not self.numbers:
             return
         numbers, reals = _tensor(self.numbers, torch.int64).view(-1, 12), _tensor(self.reals, torch.float32).view(-1, 4)
         parts = [part for state in self.states for part in _parts(state)]
-        _op("add")(session, numbers, reals, _tensor(self.ids, torch.int64), parts)
+        add(session, numbers, reals, _tensor(self.ids, torch.int64), parts)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous()
 
 
 def _parts(state: SequenceState) -> list[Tensor]:
     """The tensors of a start state in the order of `generator_add`."""
     h, c = state.hidden if isinstance(state.hidden, tuple) else (state.hidden, _NOTHING)
-    return [part.contiguous() for part in (h, c, state.logits, state.tail, state.seen)]
+    return [_host(part) for part in (h, c, state.logits, state.tail, state.seen)]
 
 
 def _tensor(numbers: array, dtype: torch.dtype) -> Tensor:

@@ -141,17 +141,16 @@ def test_a_thread_that_cannot_start_is_an_error_and_no_crash() -> None:
 import resource, torch
 from fastrnn.generate import make_runner
 from fastrnn.network import Network, NetworkConfig
-from fastrnn.native import _op
 network = Network(NetworkConfig(vocab_size=64, hidden_size=8, cell="gru"))
 packed = make_runner(network)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
 zero = torch.zeros(1, 1, 8)
 try:
-    _op("read")(packed.number, torch.tensor([1]), zero, torch.empty(0), 4000)
+    packed.op("read")(packed.number, torch.tensor([1]), zero, torch.empty(0), 4000)
 except RuntimeError as error:
     print("refused", error)
-h, _, logits = _op("read")(packed.number, torch.tensor([1]), zero, torch.empty(0), 2)
+h, _, logits = packed.op("read")(packed.number, torch.tensor([1]), zero, torch.empty(0), 2)
 print("lives", bool(logits.isfinite().all()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)

@@ -8,14 +8,10 @@
 #include <memory>
 #include <vector>
 
+#include "../generation.h"
 #include "../kernels.h"
 
 namespace fr {
-
-enum class Cell { lstm, gru, rnn_tanh, rnn_relu };
-enum class Precision { float32, bfloat16, int8 };  // of the weights; accumulators and state are float32
-
-inline int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
 // Zeroed memory on a cache line, or on a huge page where it is large: weights stream faster through few page entries.
 class Memory {
@@ -32,16 +28,6 @@ class Memory {
  private:
   std::shared_ptr<void> data_;
   int64_t bytes_ = 0;
-};
-
-// The network as PyTorch holds it: float32, dense.
-struct NetworkWeights {
-  Cell cell;
-  int64_t L, H, V, E;
-  const float* inputs;                               // (V, E) what an id reads, or null for one-hot: then E = V
-  std::vector<const float*> w_ih, w_hh, b_ih, b_hh;  // of each layer; the biases may be null
-  const float* head;                                 // (V, H)
-  const float* head_bias;                            // (V,) or null
 };
 
 // A matrix in panels of `vectors` vectors (panel.h), K of each row of activations wide.

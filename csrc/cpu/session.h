@@ -13,63 +13,26 @@
 
 namespace fr {
 
-// Where a request starts from instead of from nothing.
-struct StartState {
-  std::vector<float> h, c;    // (L, H); c for the LSTM
-  std::vector<float> logits;  // (V,) of the next token, for a request without a prompt
-  std::vector<int32_t> tail;  // window state: the last ids, below V
-  std::vector<uint8_t> seen;  // (V,) for the repetition penalty
-};
-
-struct GenerationRequest {
-  int64_t index;
-  std::vector<int32_t> prompt;              // ids below V, at least one, or a start with logits (window: with a tail)
-  std::shared_ptr<const StartState> start;  // or null
-  int64_t max_new_tokens;                   // at least 1
-  float scale, min_p;                       // the draw's parameters, as in fr::Sample
-  int64_t top_k, top_p, seed, sequence, mode_of;
-  float penalty, inverse_penalty;  // repetition penalty: 1 is off
-  bool logprobs;
-  std::vector<int32_t> eos;
-  int64_t window;  // window state: how many ids are run for a token, at least 1
-};
-
-enum class Finish : int64_t { length = 0, eos = 1, error = 2, stop = 3 };
-
-struct GenerationResult {
-  int64_t index;
-  Finish finish;
-  int32_t status;  // fr::draw::Status of the draw that failed
-  std::vector<int32_t> tokens;
-  std::vector<float> logprobs;  // of each token where the request asked for them
-};
-
-struct TokenEvent {
-  int64_t index, token;
-};
-
 class Lane;
 
-class Session {
+class Session final : public GenerationLoop {
  public:
   // rows: how many requests run at once. windowed: each token runs the last ids again from a zero state.
   Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, bool windowed, int64_t threads);
-  ~Session();
+  ~Session() override;
 
-  void add(GenerationRequest request);
-  // Runs until `microseconds` have passed (looking at the clock between steps), every row has made `steps` steps, all
-  // is done, or rows are idle while `more` requests could be added. keep_events: remember each token. After an
-  // exception the session only holds what it has finished.
-  void run(int64_t microseconds, int64_t steps, bool more, bool keep_events);
-  // Ends request `index` if it runs; its result holds what it has drawn.
-  void stop(int64_t index);
+  void add(GenerationRequest request) override;
+  // Looks at the clock between steps.
+  void run(int64_t microseconds, int64_t steps, bool more, bool keep_events) override;
+  void stop(int64_t index) override;
 
-  std::vector<GenerationResult> take_results();
-  std::vector<TokenEvent> take_events();
-  int64_t queued() const { return static_cast<int64_t>(queue_.size()); }
-  int64_t running() const;
+  std::vector<GenerationResult> take_results() override;
+  std::vector<TokenEvent> take_events() override;
+  int64_t queued() const override { return static_cast<int64_t>(queue_.size()); }
+  int64_t running() const override;
+  NetworkShape shape() const override { return {net_->cell, net_->L, net_->H, net_->V}; }
   const PackedNetwork& network() const { return *net_; }
-  bool windowed() const { return windowed_; }
+  bool windowed() const override { return windowed_; }
   int64_t team() const { return team_; }  // threads that run a lane together
 
  private:

@@ -1,0 +1,69 @@
+// A generation on a GPU: what generate.cu runs, in terms of the GPU's memory. generate_session.h feeds it.
+#pragma once
+
+#include <cstdint>
+
+#include "generate_plan.h"
+
+namespace fr::cuda {
+
+// A request as the GPU sees it. Pointers are into the GPU's memory.
+struct DeviceRequest {
+  int32_t slot;  // the host's name for it
+  int32_t prompt_count, eos_count;
+  int32_t logprobs;
+  int64_t max_new_tokens;  // 0: read the prompt, write its logits to read_logits and end
+  const int32_t *prompt, *eos;
+  const float *start_h, *start_c, *start_logits;  // (L, H), (L, H), (V,); null: from nothing
+  const uint8_t* start_seen;                      // (V,) or null
+  float* read_logits;                             // (V,) or null
+  float scale, min_p, penalty, inverse_penalty;
+  int64_t top_k, top_p, seed, sequence, mode_of;
+};
+
+// A row of a generation between two steps.
+struct DeviceRow {
+  DeviceRequest q;
+  int32_t active;  // whether q runs
+  int32_t id;      // what the next step reads; -1: nothing, and the state stays
+  int32_t read;    // ids of the prompt that have been read or are about to be
+  int32_t starts;  // the next draw is from start_logits
+  int64_t drawn;
+};
+static_assert(sizeof(DeviceRow) <= kRowBytes);
+
+// What a row did in a step. end: 0, or 1 + fr::Finish + 16 * status.
+struct LogEntry {
+  int32_t slot;   // -1: nothing
+  int32_t token;  // -1: none
+  float logprob;
+  int32_t end;
+};
+
+enum class CellKind { lstm, gru, rnn };
+
+struct GenerateCall {
+  CellKind cell;
+  NetworkSizes net;
+  GeneratePlan plan;
+  bool relu;  // of the RNN; else tanh
+  int64_t steps;
+  const uint32_t* blob;
+  const DeviceRequest* queue;
+  int32_t queued;
+  int32_t* claimed;        // in out: how many of the queue have a row
+  const int32_t* stopped;  // (stopped_count,) slots whose rows end before the first step
+  int32_t stopped_count;
+  DeviceRow* rows;     // in out (plan.rows,)
+  float* state;        // in out (plan.rows, L, 2, H): h and what is carried
+  uint8_t* seen;       // in out (plan.rows, V)
+  LogEntry* log;       // out (steps, plan.rows)
+  int64_t most_draws;  // of a vote
+  double* margins;     // scratch (plan.rows, most_draws) where that is more than kVotesInShared, as is
+  int32_t* drawn;      // (plan.rows, most_draws)
+};
+
+// Begins `steps` steps of all rows on a stream (a cudaStream_t); the launch's cudaError_t.
+int generate(const GenerateCall& call, void* stream);
+
+}  // namespace fr::cuda

@@ -1,0 +1,349 @@
+// Host code, no kernel: the queue, the log and the memory of the loop on a GPU (generate_session.h).
+#include "generate_session.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "portable.h"
+
+namespace fr::cuda {
+namespace {
+
+constexpr int64_t kLogEntries = 1 << 18;                // of a launch, on the host and on the GPU
+constexpr int64_t kFirstSlice = 16, kMostSlice = 1024;  // steps
+constexpr int64_t kReadSlice = 4096;                    // ids of a prompt that one launch reads
+constexpr auto kSliceTime = std::chrono::milliseconds(10);
+
+void require(cudaError_t code, const char* what) {
+  if (code != cudaSuccess)
+    throw std::runtime_error(std::string("generator: ") + what + ": " + cudaGetErrorString(code));
+}
+
+void to_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  if (bytes) require(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream), "copy");
+}
+void to_host(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  if (bytes) require(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream), "copy");
+}
+void clear(const DeviceMemory& memory, cudaStream_t stream) {
+  require(cudaMemsetAsync(memory.get(), 0, static_cast<size_t>(memory.bytes()), stream), "clear");
+}
+
+CellKind kind_of(Cell cell) {
+  return cell == Cell::lstm ? CellKind::lstm : cell == Cell::gru ? CellKind::gru : CellKind::rnn;
+}
+
+uint32_t float_word(float x) { return __builtin_bit_cast(uint32_t, x); }
+uint32_t nearest_bf16(float x) {
+  const uint32_t bits = float_word(x);
+  return x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+
+// w (gates * rows, K) into words (of k, gates, width).
+void pack_matrix(const NetworkSizes& n, const float* w, int64_t gates, int64_t rows, int64_t width, int64_t K,
+                 uint32_t* to) {
+  for (int64_t g = 0; g < gates; ++g)
+    for (int64_t u = 0; u < rows; ++u)
+      for (int64_t k = 0; k < K; ++k) {
+        const float x = w[(g * rows + u) * K + k];
+        uint32_t& word = to[(k / n.per_word * gates + g) * width + u];
+        word |= n.per_word == 1 ? float_word(x) : nearest_bf16(x) << (16 * (k % 2));
+      }
+}
+
+// The first layer's products with what each id reads, and the bias: each one chain of fma from the bias.
+void pack_table(const NetworkWeights& from, const NetworkSizes& n, const float* bias, float* table) {
+  const int64_t units = units_of(n);
+  for (int64_t v = 0; v < n.V; ++v)
+    for (int64_t g = 0; g < n.gates; ++g)
+      for (int64_t u = 0; u < n.H; ++u) {
+        const float* row = from.w_ih[0] + (g * n.H + u) * from.E;
+        float sum = bias[g * units + u];
+        if (from.inputs == nullptr)
+          sum += row[v];
+        else
+          for (int64_t e = 0; e < from.E; ++e) sum = __builtin_fmaf(from.inputs[v * from.E + e], row[e], sum);
+        table[(v * n.gates + g) * units + u] = sum;
+      }
+}
+
+// The arrays that requests point at, side by side.
+class Arrays {
+ public:
+  template <class T> int64_t put(const std::vector<T>& values) {
+    const int64_t at = to_16(static_cast<int64_t>(bytes_.size()));
+    bytes_.resize(static_cast<size_t>(at) + values.size() * sizeof(T));
+    if (!values.empty()) std::memcpy(bytes_.data() + at, values.data(), values.size() * sizeof(T));
+    return at;
+  }
+  std::shared_ptr<DeviceMemory> upload(cudaStream_t stream) const {
+    auto memory = std::make_shared<DeviceMemory>(static_cast<int64_t>(bytes_.size()));
+    to_device(memory->get(), bytes_.data(), memory->bytes(), stream);
+    require(cudaStreamSynchronize(stream), "upload");  // the host's copy goes away
+    return memory;
+  }
+
+ private:
+  std::vector<char> bytes_;
+};
+
+DeviceRequest numbers_of(const GenerationRequest& q, int32_t slot) {
+  DeviceRequest d{};
+  d.slot = slot, d.logprobs = q.logprobs, d.max_new_tokens = q.max_new_tokens;
+  d.prompt_count = static_cast<int32_t>(q.prompt.size()), d.eos_count = static_cast<int32_t>(q.eos.size());
+  d.scale = q.scale, d.min_p = q.min_p, d.penalty = q.penalty, d.inverse_penalty = q.inverse_penalty;
+  d.top_k = q.top_k, d.top_p = q.top_p, d.seed = q.seed, d.sequence = q.sequence, d.mode_of = q.mode_of;
+  return d;
+}
+
+template <class T> const T* moved(const DeviceMemory& memory, int64_t at) {
+  return reinterpret_cast<const T*>(memory.as<char>() + at);
+}
+
+}  // namespace
+
+DeviceMemory::DeviceMemory(int64_t bytes) : bytes_(to_16(std::max<int64_t>(bytes, 1))) {
+  void* p = nullptr;
+  require(cudaMalloc(&p, static_cast<size_t>(bytes_)), "memory");
+  data_.reset(p);
+}
+void DeviceMemory::Free::operator()(void* p) const { cudaFree(p); }
+void DeviceMemory::reserve(int64_t bytes) {
+  if (bytes > bytes_) *this = DeviceMemory(bytes);
+}
+
+NetworkSizes sizes_of(Cell cell, int64_t L, int64_t H, int64_t V, Precision precision) {
+  return {L, H, V, gates_of(cell), precision == Precision::float32 ? 1 : 2, gates_of(cell) > 1};
+}
+
+std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision) {
+  const NetworkSizes n = sizes_of(from.cell, from.L, from.H, from.V, precision);
+  const int64_t units = units_of(n);
+  std::vector<uint32_t> blob(static_cast<size_t>(blob_words(n)));
+  auto* floats = reinterpret_cast<float*>(blob.data());
+  for (int64_t l = 0; l < n.L; ++l) {
+    if (l) pack_matrix(n, from.w_ih[l], n.gates, n.H, units, n.H, blob.data() + input_at(n, l));
+    pack_matrix(n, from.w_hh[l], n.gates, n.H, units, n.H, blob.data() + hidden_at(n, l));
+    const float *b_ih = from.b_ih[l], *b_hh = from.b_hh[l];
+    for (int64_t g = 0; g < n.gates; ++g)
+      for (int64_t u = 0; u < n.H; ++u) {
+        const float hidden = b_hh ? b_hh[g * n.H + u] : 0.0f;
+        const bool apart = from.cell == Cell::gru && g == 2;  // r multiplies W_hn h + b_hn
+        floats[bias_at(n, l) + g * units + u] = (b_ih ? b_ih[g * n.H + u] : 0.0f) + (apart ? 0.0f : hidden);
+        if (apart) floats[bias_q_at(n, l) + u] = hidden;
+      }
+  }
+  pack_matrix(n, from.head, 1, n.V, columns_of(n), n.H, blob.data() + head_at(n));
+  if (from.head_bias) std::copy_n(from.head_bias, n.V, floats + head_bias_at(n));
+  pack_table(from, n, floats + bias_at(n, 0), floats + table_at(n));
+  return blob;
+}
+
+std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device) {
+  if (precision == Precision::int8)
+    throw std::invalid_argument("the loop on the GPU has no int8 weights; use bfloat16");
+  auto net = std::make_unique<PackedNetwork>();
+  net->cell = from.cell, net->precision = precision, net->device = device;
+  net->sizes = sizes_of(from.cell, from.L, from.H, from.V, precision);
+  int value = 0;
+  require(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "device");
+  net->multiprocessors = value;
+  require(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  net->shared_limit = value - 1024;  // the kernel's own arrays and what CUDA keeps of a block's
+  const GeneratePlan plan = plan_generate(net->sizes, 1, net->multiprocessors, net->shared_limit);
+  if (!plan.fits)
+    throw std::invalid_argument("the network needs " + std::to_string(plan.needed_bytes) + " bytes of the " +
+                                std::to_string(net->shared_limit) + " that a multiprocessor has");
+  const std::vector<uint32_t> blob = pack_blob(from, precision);
+  net->blob = DeviceMemory(static_cast<int64_t>(blob.size() * 4));
+  require(cudaMemcpy(net->blob.get(), blob.data(), blob.size() * 4, cudaMemcpyHostToDevice), "upload");
+  net->weight_bytes = 4 * table_at(net->sizes);
+  return net;
+}
+
+Session::Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, void* stream)
+    : net_(std::move(net)),
+      plan_(plan_generate(net_->sizes, rows, net_->multiprocessors, net_->shared_limit)),
+      stream_(stream),
+      slice_(kFirstSlice),
+      rows_(plan_.rows * static_cast<int64_t>(sizeof(DeviceRow))),
+      state_(plan_.rows * net_->sizes.L * 2 * net_->sizes.H * 4),
+      seen_(plan_.rows * net_->sizes.V),
+      claimed_(4) {
+  clear(rows_, static_cast<cudaStream_t>(stream_));
+  clear(state_, static_cast<cudaStream_t>(stream_));
+}
+
+void Session::add(GenerationRequest request) {
+  const int32_t slot = next_slot_;
+  next_slot_ = next_slot_ == INT32_MAX ? 0 : next_slot_ + 1;
+  Live live{};
+  live.device = numbers_of(request, slot), live.result.index = request.index;
+  most_draws_ = std::max(most_draws_, request.mode_of);
+  live.request = std::move(request);
+  live_.emplace(slot, std::move(live));
+  waiting_.push_back(slot), fresh_.push_back(slot);
+}
+
+// Puts what the fresh requests point at into the GPU's memory; neighbours that share a start state share it there.
+void Session::upload() {
+  if (fresh_.empty()) return;
+  struct Places {
+    int64_t prompt, eos, h, c, logits, seen;
+  };
+  Arrays arrays;
+  std::vector<Places> places;
+  const StartState* known = nullptr;
+  for (const int32_t slot : fresh_) {
+    const GenerationRequest& q = live_.at(slot).request;
+    Places at = places.empty() ? Places{} : places.back();
+    at.prompt = arrays.put(q.prompt), at.eos = arrays.put(q.eos);
+    if (q.start && q.start.get() != known)
+      at.h = arrays.put(q.start->h), at.c = arrays.put(q.start->c), at.logits = arrays.put(q.start->logits),
+      at.seen = arrays.put(q.start->seen);
+    if (q.start) known = q.start.get();
+    places.push_back(at);
+  }
+  const auto memory = arrays.upload(static_cast<cudaStream_t>(stream_));
+  for (size_t i = 0; i < fresh_.size(); ++i) {
+    Live& live = live_.at(fresh_[i]);
+    const Places& at = places[i];
+    DeviceRequest& d = live.device;
+    live.memory = memory;
+    d.prompt = moved<int32_t>(*memory, at.prompt), d.eos = moved<int32_t>(*memory, at.eos);
+    if (!live.request.start) continue;
+    d.start_h = moved<float>(*memory, at.h), d.start_logits = moved<float>(*memory, at.logits);
+    if (net_->cell == Cell::lstm) d.start_c = moved<float>(*memory, at.c);
+    if (!live.request.start->seen.empty()) d.start_seen = moved<uint8_t>(*memory, at.seen);
+  }
+  fresh_.clear();
+}
+
+void Session::launch(int64_t steps) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  std::vector<DeviceRequest> queue;
+  for (const int32_t slot : waiting_) queue.push_back(live_.at(slot).device);
+  queue_.reserve(static_cast<int64_t>(queue.size() * sizeof(DeviceRequest)));
+  stop_list_.reserve(static_cast<int64_t>(stopped_.size() * 4));
+  log_.reserve(steps * plan_.rows * static_cast<int64_t>(sizeof(LogEntry)));
+  if (most_draws_ > kVotesInShared) margins_.reserve(plan_.rows * most_draws_ * 8);
+  if (most_draws_ > kVotesInShared) drawn_.reserve(plan_.rows * most_draws_ * 4);
+  to_device(queue_.get(), queue.data(), static_cast<int64_t>(queue.size() * sizeof(DeviceRequest)), stream);
+  to_device(stop_list_.get(), stopped_.data(), static_cast<int64_t>(stopped_.size() * 4), stream);
+  clear(claimed_, stream);
+  const auto log_bytes = static_cast<size_t>(steps * plan_.rows) * sizeof(LogEntry);
+  require(cudaMemsetAsync(log_.get(), 0xff, log_bytes, stream), "clear");  // slot -1: nothing
+  GenerateCall call{};
+  call.net = net_->sizes, call.plan = plan_, call.cell = kind_of(net_->cell), call.relu = net_->cell == Cell::rnn_relu,
+  call.steps = steps;
+  call.blob = net_->blob.as<uint32_t>(), call.queue = queue_.as<DeviceRequest>();
+  call.queued = static_cast<int32_t>(queue.size()), call.claimed = claimed_.as<int32_t>();
+  call.stopped = stop_list_.as<int32_t>(), call.stopped_count = static_cast<int32_t>(stopped_.size());
+  call.rows = rows_.as<DeviceRow>(), call.state = state_.as<float>(), call.seen = seen_.as<uint8_t>();
+  call.log = log_.as<LogEntry>(), call.most_draws = most_draws_;
+  call.margins = margins_.as<double>(), call.drawn = drawn_.as<int32_t>();
+  require(static_cast<cudaError_t>(generate(call, stream_)), "launch");
+  host_log_.resize(static_cast<size_t>(steps * plan_.rows));
+  to_host(host_log_.data(), log_.get(), static_cast<int64_t>(log_bytes), stream);
+  to_host(&host_claimed_, claimed_.get(), 4, stream);
+  require(cudaStreamSynchronize(stream), "generation");
+  const auto claimed = std::min(static_cast<size_t>(host_claimed_), queue.size());
+  waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<int64_t>(claimed));
+  stopped_.clear();
+}
+
+void Session::finish(std::map<int32_t, Live>::iterator at, Finish how, int32_t status) {
+  at->second.result.finish = how, at->second.result.status = status;
+  results_.push_back(std::move(at->second.result));
+  live_.erase(at);
+}
+
+void Session::read_log(int64_t steps, bool keep_events) {
+  for (int64_t i = 0; i < steps * plan_.rows; ++i) {
+    const LogEntry& entry = host_log_[static_cast<size_t>(i)];
+    const auto at = entry.slot < 0 ? live_.end() : live_.find(entry.slot);
+    if (at == live_.end()) continue;
+    Live& live = at->second;
+    if (entry.token >= 0) {
+      live.result.tokens.push_back(entry.token);
+      if (live.request.logprobs) live.result.logprobs.push_back(entry.logprob);
+      if (keep_events) events_.push_back({live.result.index, entry.token});
+    }
+    if (entry.end) finish(at, static_cast<Finish>(entry.end % 16 - 1), entry.end / 16);
+  }
+}
+
+void Session::run(int64_t microseconds, int64_t steps, bool more, bool keep_events) {
+  using Clock = std::chrono::steady_clock;
+  if (broken_) throw std::runtime_error("this generation has failed before and cannot go on");
+  broken_ = true;  // until the end: an exception leaves rows half done
+  const auto deadline = Clock::now() + std::chrono::microseconds(microseconds);
+  const int64_t most = std::clamp<int64_t>(kLogEntries / plan_.rows, 1, kMostSlice);
+  for (int64_t done = 0; !live_.empty();) {
+    upload();
+    const int64_t now = std::min(most, steps ? steps - done : slice_);
+    const auto begun = Clock::now();
+    launch(now);
+    read_log(now, keep_events);
+    done += now;
+    const auto took = Clock::now() - begun;
+    if (!steps && took < kSliceTime / 2) slice_ = std::min(2 * slice_, most);
+    if (!steps && took > 2 * kSliceTime) slice_ = std::max<int64_t>(slice_ / 2, 1);
+    if (steps ? done >= steps : Clock::now() >= deadline) break;
+    if (more && waiting_.empty() && running() < plan_.rows - plan_.rows / 8) break;
+  }
+  broken_ = false;
+}
+
+void Session::stop(int64_t index) {
+  for (auto at = live_.begin(); at != live_.end(); ++at) {
+    const bool waits = std::find(waiting_.begin(), waiting_.end(), at->first) != waiting_.end();
+    if (at->second.result.index != index || waits) continue;
+    stopped_.push_back(at->first);
+    return finish(at, Finish::stop, 0);
+  }
+}
+
+void read(const PackedNetwork& net, const std::vector<int32_t>& ids, float* h, float* c, float* logits, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const NetworkSizes& n = net.sizes;
+  const int64_t size = n.L * n.H, count = static_cast<int64_t>(ids.size());
+  const bool has_c = net.cell == Cell::lstm;
+  Arrays arrays;
+  const int64_t at_ids = arrays.put(ids), at_h = arrays.put(std::vector<float>(h, h + size));
+  const int64_t at_c = arrays.put(has_c ? std::vector<float>(c, c + size) : std::vector<float>());
+  const auto memory = arrays.upload(on);
+  DeviceRequest q{};
+  q.prompt = moved<int32_t>(*memory, at_ids), q.prompt_count = static_cast<int32_t>(count), q.penalty = 1.0f;
+  q.start_h = moved<float>(*memory, at_h), q.start_c = has_c ? moved<float>(*memory, at_c) : nullptr;
+  DeviceMemory out(n.V * 4), queue(sizeof q), claimed(4), rows(sizeof(DeviceRow)), state(2 * size * 4), seen(n.V);
+  DeviceMemory log(kReadSlice * static_cast<int64_t>(sizeof(LogEntry)));
+  q.read_logits = out.as<float>();
+  to_device(queue.get(), &q, sizeof q, on);
+  for (const DeviceMemory* each : {&claimed, &rows, &state}) clear(*each, on);
+  GenerateCall call{};
+  call.net = n, call.plan = plan_generate(n, 1, net.multiprocessors, net.shared_limit);
+  call.cell = kind_of(net.cell), call.relu = net.cell == Cell::rnn_relu, call.blob = net.blob.as<uint32_t>();
+  call.queue = queue.as<DeviceRequest>(), call.queued = 1, call.claimed = claimed.as<int32_t>();
+  call.rows = rows.as<DeviceRow>(), call.state = state.as<float>(), call.seen = seen.as<uint8_t>();
+  call.log = log.as<LogEntry>(), call.most_draws = 1;
+  for (int64_t done = 0; done < count; done += kReadSlice) {
+    call.steps = std::min(kReadSlice, count - done);
+    require(static_cast<cudaError_t>(generate(call, stream)), "launch");
+    require(cudaStreamSynchronize(on), "reading");
+  }
+  std::vector<float> both(static_cast<size_t>(2 * size));
+  to_host(both.data(), state.get(), 2 * size * 4, on);
+  to_host(logits, out.get(), n.V * 4, on);
+  require(cudaStreamSynchronize(on), "reading");
+  for (int64_t l = 0; l < n.L; ++l) {
+    const float* layer = both.data() + l * 2 * n.H;
+    std::copy_n(net.cell == Cell::gru ? layer + n.H : layer, n.H, h + l * n.H);
+    if (has_c) std::copy_n(layer + n.H, n.H, c + l * n.H);
+  }
+}
+
+}  // namespace fr::cuda

@@ -1,0 +1,148 @@
+// The generation loop of csrc/cuda, run on the CPU, against that of csrc/cpu: the same tokens and log-probabilities,
+// bit for bit, however the steps are sliced and whatever runs beside a row.
+#include <cmath>
+#include <map>
+
+#include "../../csrc/cpu/row_states.h"
+#include "../../csrc/cpu/session.h"
+#include "../../csrc/cuda/generate_session.h"
+#include "cuda_on_cpu.h"
+#include "generation_cases.h"
+
+namespace {
+
+Results run(fr::GenerationLoop& loop, const Requests& requests, int64_t steps, size_t feed) {
+  Results results;
+  size_t added = 0;
+  for (int turns = 0; results.size() < requests.size(); ++turns) {
+    CHECK(turns < 100000);
+    while (added < requests.size() && loop.queued() < static_cast<int64_t>(feed)) loop.add(requests[added++]);
+    loop.run(60'000'000, steps, added < requests.size(), turns % 2 == 0);
+    for (const fr::TokenEvent& e : loop.take_events()) CHECK(e.token >= 0 && e.token < loop.shape().V);
+    for (fr::GenerationResult& r : loop.take_results()) {
+      CHECK(!results.count(r.index));
+      check_result(requests[static_cast<size_t>(r.index)], r);
+      results.emplace(r.index, std::move(r));
+    }
+  }
+  CHECK(loop.running() == 0 && loop.queued() == 0);
+  return results;
+}
+
+// Equal but for the log-probabilities of a row with a penalty, whose sum the CPU takes in floating point.
+void check_equal(const Requests& requests, const Results& a, const Results& b) {
+  CHECK(a.size() == b.size());
+  for (const auto& [index, x] : a) {
+    const fr::GenerationResult& y = b.at(index);
+    CHECK(x.tokens == y.tokens && x.finish == y.finish && x.status == y.status);
+    if (requests[static_cast<size_t>(index)].penalty == 1.0f) CHECK(same_bits(x.logprobs, y.logprobs));
+  }
+}
+
+void test_network(Cell cell, Precision precision, int64_t L, int64_t H, int64_t V, int64_t E, bool few) {
+  at() = std::string(kCells[static_cast<int>(cell)]) + " " + kPrecisions[static_cast<int>(precision)] +
+         " L=" + std::to_string(L) + " H=" + std::to_string(H) + " V=" + std::to_string(V);
+  const Model model(cell, L, H, V, E, 11);
+  const Net host = model.pack(precision);
+  const std::shared_ptr<fr::cuda::PackedNetwork> net = fr::cuda::pack_network(model.weights, precision, 0);
+  const Requests requests = many_requests(few ? 6 : 12, V, 0);
+  fr::Session reference(host, 5, false, 1);
+  const Results expected = run(reference, requests, 0, requests.size());
+  for (const auto& [rows, steps, feed] : {std::array<int64_t, 3>{1, 0, 50}, {5, 4, 8}, {40, 1, 50}}) {
+    if (few && rows != 5) continue;
+    cuda_on_cpu::options.order = rows == 5 ? cuda_on_cpu::Order::backward : cuda_on_cpu::Order::shuffled;
+    fr::cuda::Session session(net, rows, nullptr);
+    check_equal(requests, expected, run(session, requests, steps, static_cast<size_t>(feed)));
+  }
+}
+
+// A state that was read, and requests that start from it.
+void test_reading(Cell cell, Precision precision) {
+  const Model model(cell, 2, 9, 21, 5, 12);
+  const std::shared_ptr<fr::cuda::PackedNetwork> net = fr::cuda::pack_network(model.weights, precision, 0);
+  std::vector<int32_t> ids;
+  for (int32_t i = 0; i < 23; ++i) ids.push_back(i * 5 % 21);
+  auto start = std::make_shared<fr::StartState>();
+  start->h.assign(18, 0.0f), start->c.assign(18, 0.0f), start->logits.assign(21, NAN), start->seen.assign(21, 0);
+  for (const int32_t id : ids) start->seen[static_cast<size_t>(id)] = 1;
+  fr::cuda::read(*net, ids, start->h.data(), start->c.data(), start->logits.data(), nullptr);
+  Requests from_ids = many_requests(9, 21, 0), from_state = from_ids;
+  for (size_t i = 0; i < from_ids.size(); ++i) {
+    std::vector<int32_t>& more = from_state[i].prompt;
+    if (i % 3) more.clear();
+    from_ids[i].prompt = ids;
+    from_ids[i].prompt.insert(from_ids[i].prompt.end(), more.begin(), more.end());
+    from_state[i].start = start;
+  }
+  fr::cuda::Session one(net, 4, nullptr), other(net, 3, nullptr);
+  check_same(run(one, from_ids, 0, 50), run(other, from_state, 3, 50));
+}
+
+void test_stop() {
+  const Model model(Cell::gru, 1, 8, 5, 0, 13);
+  const std::shared_ptr<fr::cuda::PackedNetwork> net = fr::cuda::pack_network(model.weights, Precision::float32, 0);
+  Requests requests = many_requests(12, 5, 0);
+  for (auto& q : requests) q.max_new_tokens = 30, q.eos.clear(), q.penalty = q.inverse_penalty = 1.0f;
+  fr::cuda::Session session(net, 4, nullptr);
+  for (const auto& q : requests) session.add(q);
+  size_t done = 0, stopped = 0;
+  for (int turns = 0; done < requests.size(); ++turns) {
+    CHECK(turns < 1000);
+    session.run(1000, 3, false, true);
+    for (const fr::TokenEvent& e : session.take_events())
+      if (e.index % 2) session.stop(e.index);
+    for (const fr::GenerationResult& r : session.take_results()) {
+      ++done, stopped += r.finish == fr::Finish::stop;
+      CHECK(r.index % 2 ? r.tokens.size() <= 3 : r.tokens.size() == 30);
+    }
+  }
+  CHECK(stopped == 6);
+}
+
+// Over all shapes: what is said to fit does, parts do not overlap, and every row has a place.
+void test_plans() {
+  int64_t fit = 0;
+  for (const int64_t gates : {1, 3, 4})
+    for (const int64_t per_word : {1, 2})
+      for (const int64_t L : {1, 2, 4})
+        for (int64_t H = 1; H < 400; H += 7)
+          for (const int64_t V : {1, 65, 300, 5000})
+            for (const int64_t rows : {1, 2, 64, 133, 4096, 100000})
+              for (const int64_t limit : {int64_t{98} << 10, int64_t{226} << 10}) {
+                const fr::cuda::NetworkSizes n{L, H, V, gates, per_word, gates > 1};
+                const auto p = fr::cuda::plan_generate(n, rows, 132, limit);
+                if (!p.fits) {
+                  CHECK(p.needed_bytes > limit);
+                  continue;
+                }
+                ++fit;
+                CHECK(p.shared_bytes <= limit && p.threads % 32 == 0 && p.threads <= fr::cuda::kMostThreads);
+                CHECK(p.block_rows % p.tile == 0 && p.blocks * p.block_rows >= rows);
+                CHECK((p.blocks - 1) * p.block_rows < rows);
+                const auto s = fr::cuda::shared_layout(n, p.block_rows, p.tile, p.threads, p.table_on_chip);
+                const int64_t parts[] = {s.h,       s.carry, s.logits,  s.rows, s.mass,
+                                         s.margins, s.slots, s.largest, s.drawn};
+                for (size_t i = 1; i < std::size(parts); ++i) CHECK(parts[i] % 16 == 0 && parts[i] >= parts[i - 1]);
+                CHECK(p.tile == 1 || s.pitch % 4 == 0);
+              }
+  CHECK(fit > 1000);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const bool few = arguments[1] != nullptr;  // for a sanitizer that is slow
+  fr::set_cpu_isa("avx2");
+  test_plans();
+  for (const Precision precision : {Precision::float32, Precision::bfloat16})
+    for (const Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu}) {
+      test_network(cell, precision, 2, 7, 5, 3, few);
+      if (few) continue;
+      test_network(cell, precision, 1, 1, 1, 0, false);
+      test_network(cell, precision, 1, 33, 70, 0, true);
+      test_network(cell, precision, 1, 12, 300, 5, true);
+      test_reading(cell, precision);
+    }
+  test_stop();
+  std::printf("generation on csrc/cuda: the bits of csrc/cpu holds\n");
+}
