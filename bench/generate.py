@@ -50,11 +50,17 @@ MODELS = {
 }
 BATCHES = (1, 16, 256, 1024)
 QUICK = {"models": ["gru 1x32 E=16 V=10"], "batches": [1, 16]}
-# Ours: keywords of `generate`, and the dtype whose honest error is allowed.
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fastrnn float32": ("float32", {}),
-    "fastrnn bfloat16": ("bfloat16", {"dtype": torch.bfloat16}),
-    "fastrnn int8": ("int8", {"quantize": "int8"}),
+# Ours: the dtype whose honest error is allowed, keywords of `generate`, and the backend that is asked for, if any.
+Own = tuple[str, dict[str, Any], str | None]
+OURS: dict[str, Own] = {
+    "fastrnn float32": ("float32", {}, None),
+    "fastrnn bfloat16": ("bfloat16", {"dtype": torch.bfloat16}, None),
+    "fastrnn int8": ("int8", {"quantize": "int8"}, None),
+}
+OURS_ON_GPU: dict[str, Own] = {
+    "fastrnn cuda float32": ("float32", {}, "cuda"),
+    "fastrnn cuda bfloat16": ("bfloat16", {"dtype": torch.bfloat16}, "cuda"),
+    "fastrnn triton float32": ("float32", {}, "triton"),
 }
 PEERS: dict[str, Callable[[Network, int], peers.Peer]] = {
     **peers.PEERS,
@@ -162,21 +168,26 @@ def by_index(completions: list) -> list:
     return sorted(completions, key=lambda completion: completion.index)
 
 
-def ours(network: Network, batch: int, dtype: str, keywords: dict[str, Any], judge: Judge) -> tuple[Rival, float]:
+def is_ours(name: str) -> bool:
+    return name in OURS or name in OURS_ON_GPU
+
+
+def ours(network: Network, batch: int, own: Own, judge: Judge) -> tuple[Rival, float]:
     """Our rival, and its error: of the log-probabilities it gives to the ids it draws."""
+    dtype, keywords, backend = own
     missing = sorted(set(keywords) - set(inspect.signature(generate).parameters))
     if missing:
         raise peers.Unavailable(f"generate has no keyword {', '.join(missing)}")
 
-    def run(number: int) -> list:
-        return list(generate(network, requests(batch, number), batch_size=batch, **keywords))
+    def run(number: int, **options: Any) -> list:
+        with fastrnn.backend(backend):
+            return list(generate(network, requests(batch, number, **options), batch_size=batch, **keywords))
 
     def tokens(completions: list) -> Tensor:
         return torch.tensor([completion.token_ids for completion in by_index(completions)]).t()
 
     try:
-        wanted = requests(batch, judge.STEPS, logprobs=True)
-        done = by_index(list(generate(network, wanted, batch_size=batch, **keywords)))[-judge.ROWS :]
+        done = by_index(run(judge.STEPS, logprobs=True))[-judge.ROWS :]
     except (ValueError, fastrnn.BackendRefusal) as refusal:  # what this network cannot have, in its own words
         raise peers.Unavailable(str(refusal)) from refusal
     drawn = tokens(done).to(judge.device)
@@ -190,11 +201,11 @@ def rivals(network: Network, batch: int, names: list[str], judge: Judge, faults:
     """Every rival that can run here, checked; why another cannot is printed. ``faults`` gets what is wrong of ours."""
     found: dict[str, Rival] = {}
     on_gpu = judge.device.type == "cuda"
-    offered = peers_cuda.PEERS if on_gpu else PEERS
-    for name in (*OURS, *names):
+    own, offered = (OURS_ON_GPU, peers_cuda.PEERS) if on_gpu else (OURS, PEERS)
+    for name in (*own, *names):
         try:
-            if name in OURS:
-                rival, error = ours(network, batch, *OURS[name], judge)
+            if name in own:
+                rival, error = ours(network, batch, own[name], judge)
             else:
                 peer = offered[name](network, batch)
                 rival, error = Rival(peer.dtype, peer.run, lambda tokens: tokens), judge.error(peer.logits(judge.ids))
@@ -203,13 +214,13 @@ def rivals(network: Network, batch: int, names: list[str], judge: Judge, faults:
                 refuse_the_slow(rival)
         except peers.Unavailable as reason:
             print(f"  {name}: not timed: {reason}", flush=True)
-            faults += [str(reason)] if name in OURS and isinstance(reason, peers.Wrong) else []
+            faults += [str(reason)] if name in own and isinstance(reason, peers.Wrong) else []
             continue
         except launch_errors() as error:
             if not on_gpu:
                 raise
             print(f"  {name}: not timed: it fails: {first_line(error)}", flush=True)
-            faults += [f"{name} fails: {first_line(error)}"] if name in OURS else []
+            faults += [f"{name} fails: {first_line(error)}"] if name in own else []
             synchronised()  # raises again where the error has left the GPU unusable
             continue
         found[name] = rival
@@ -240,13 +251,13 @@ def report(
     line = f"  {name:<30} {batch / step.median * 1e6:>12,.0f} tokens/s {spread:<26} {base / step.median:8.2f}x"
     if bound := peers_cuda.BOUNDS.get(model, {}).get(batch) if setting.device == "cuda" else None:
         line += f"  {100 * batch / step.median * 1e6 / bound:.2g} % of the estimated bound"
-    if name in OURS and setting.top is not None:
+    if is_ours(name) and setting.top is not None:
         operations, weights = work(MODELS[model])
         size, seconds = weights * WEIGHT_BYTES[dtype], step.median / 1e6
         least = setting.top.seconds(dtype, operations * batch, size)
         line += f"  {operations * batch / seconds / 1e9:.1f} GFLOP/s, weights {size / seconds / 1e9:.1f} GB/s, "
         line += f"{100 * least / seconds:.0f} % of the roof"
-    return line + (f"; set-up {cost.setup.median:,.0f} us" if name in OURS else "")
+    return line + (f"; set-up {cost.setup.median:,.0f} us" if is_ours(name) else "")
 
 
 def possible(costs: dict[str, Slope]) -> dict[str, Slope]:
@@ -276,14 +287,14 @@ def measure(model: str, batch: int, names: list[str], setting: Setting) -> list[
         dtype = entrants[name].dtype
         line = report(model, name, dtype, batch, cost, base, setting)
         if device == "cuda":
-            same = [c.step.median for n, c in costs.items() if n not in OURS and entrants[n].dtype == dtype]
-            if name in OURS and same:  # precision is no merit of a loop
+            same = [c.step.median for n, c in costs.items() if not is_ours(n) and entrants[n].dtype == dtype]
+            if is_ours(name) and same:  # precision is no merit of a loop
                 line += f"; {min(same) / cost.step.median:.2f}x of the fastest of PyTorch in {dtype}"
             line = f"{KEY}{model} B={batch}: {' '.join(line.split())}"
         print(line, flush=True)
         speed = Timing(*(batch / value * 1e6 for value in (cost.step.median, cost.step.p80, cost.step.p20)))
         rows.append(row(f"generate {model}", name, speed, unit, device, dtype=dtype, **sizes))
-        if name in OURS:
+        if is_ours(name):
             rows.append(row(f"generate set-up {model}", name, cost.setup, "us", device, dtype=dtype, **sizes))
     print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
     return rows

@@ -38,7 +38,7 @@ def measure(model: str, batch: int, threads: int) -> list[dict]:
     network, found = build(MODELS[model]), []
     sizes = {"B": batch, "H": network.config.hidden_size, "L": network.config.num_layers}
     sizes |= {"I": network.config.input_size, "V": network.config.vocab_size}
-    for name, (dtype, keywords) in OURS.items():
+    for name, (dtype, keywords, _) in OURS.items():
         on = functools.partial(loop_on, network=network, batch=batch, keywords=keywords)
         loops = {str(number): on(number) for number in (1, threads)}
         costs = slopes(loops, time.perf_counter, rounds=7, budget=10.0)

@@ -130,7 +130,7 @@ def test_wrong_draws_are_refused():
 def test_a_variant_that_generate_does_not_know_is_named():
     network = generate.build(SMALL["gru"])
     with pytest.raises(peers.Unavailable, match="no keyword no_such_keyword"):
-        generate.ours(network, 1, "float32", {"no_such_keyword": 1}, generate.Judge(network, 1))
+        generate.ours(network, 1, ("float32", {"no_such_keyword": 1}, None), generate.Judge(network, 1))
 
 
 def test_an_impossible_cost_is_no_figure(capsys):

@@ -295,7 +295,7 @@ def test_a_fault_of_ours_is_told(monkeypatch):
     peer = peers.eager(network, 2, draw=lambda logits: logits.argmax(-1))
     greedy = generate.Rival(peer.dtype, peer.run, lambda tokens: tokens)
     monkeypatch.setattr(generate, "ours", lambda *_: (greedy, 0.0))
-    monkeypatch.setattr(generate, "OURS", {"fastrnn float32": ("float32", {})})
+    monkeypatch.setattr(generate, "OURS", {"fastrnn float32": ("float32", {}, None)})
     other = generate.build(NETWORKS["gru"])
     other.rnn.weight_hh_l0 *= 1.5
     monkeypatch.setattr(generate, "PEERS", {"wrong": lambda *_: peers.eager(other, 2)})

@@ -86,21 +86,22 @@ FR_PLAN SharedLayout shared_layout(const NetworkSizes& n, int64_t block_rows, in
   return s;
 }
 
-inline int64_t threads_for(const NetworkSizes& n, int64_t groups) {
-  return std::min(kMostThreads, std::max(units_of(n), columns_of(n)) * groups);
+// A thread for each unit or column of a tile of rows, and a warp for the draw of each row.
+inline int64_t threads_for(const NetworkSizes& n, int64_t block_rows, int64_t tile) {
+  return std::min(kMostThreads, std::max(std::max(units_of(n), columns_of(n)) * (block_rows / tile), 32 * block_rows));
 }
 
 // As many CTAs as there are multiprocessors, or more where a CTA cannot hold its share of the rows.
 inline GeneratePlan plan_generate(const NetworkSizes& n, int64_t rows, int64_t multiprocessors, int64_t shared_limit) {
   GeneratePlan p{};
-  p.needed_bytes = shared_layout(n, 1, 1, threads_for(n, 1), false).total;
+  p.needed_bytes = shared_layout(n, 1, 1, threads_for(n, 1, 1), false).total;
   p.rows = std::max<int64_t>(rows, 1);
   if (p.needed_bytes > shared_limit) return p;
   int64_t share = std::min((p.rows + multiprocessors - 1) / multiprocessors, kMostRowsOfBlock);
   for (; share >= 1; --share) {
     p.tile = share == 1 ? 1 : 8;
     p.block_rows = (share + p.tile - 1) / p.tile * p.tile;
-    p.threads = threads_for(n, p.block_rows / p.tile);
+    p.threads = threads_for(n, p.block_rows, p.tile);
     for (const bool table : {true, false}) {
       p.table_on_chip = table;
       p.shared_bytes = shared_layout(n, p.block_rows, p.tile, p.threads, table).total;

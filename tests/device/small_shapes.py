@@ -1,4 +1,4 @@
-"""Every GPU kernel once or twice at small shapes, for compute-sanitizer: forward, backward, single steps, draws.
+"""Every GPU kernel once or twice at small shapes, for compute-sanitizer: forward, backward, single steps, draws, loops.
 
 Sizes are no multiples of a tile, so that every mask is needed, and so large that a sequence takes each of its forms.
 Prints how many calls it made; status 1 where a result is not finite.
@@ -9,6 +9,9 @@ import sys
 import torch
 
 import fastrnn
+from fastrnn import Network, NetworkConfig
+from fastrnn.generate import generate
+from fastrnn.request import Request
 
 SHAPES = [(3, 3, 7, 20), (1, 5, 9, 33), (2, 17, 16, 70)]  # T, B, I, H
 
@@ -43,12 +46,26 @@ def draws(backend: str) -> int:
     return len(shapes) * len(options)
 
 
+def loops(backend: str) -> int:
+    """Requests run by the generation loop on one backend, more than there are rows."""
+    count = 0
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        network = Network(NetworkConfig(70, embedding_dim=5, hidden_size=20, num_layers=2, cell=cell)).to("cuda")
+        asked = [Request([1] * (1 + row), 6, sequence=row, logprobs=True) for row in range(11)]
+        with fastrnn.backend(backend):
+            done = list(generate(network, asked, batch_size=9))
+        if [len(completion.token_ids) for completion in done] != [6] * len(asked):
+            sys.exit(f"{backend} loop of {cell}: {[completion.error for completion in done]}")
+        count += len(done)
+    return count
+
+
 def main() -> None:
     torch.manual_seed(0)
     for backend, missing in fastrnn.backends.available().items():
         if backend in ("reference", "aten", "cpu") or missing is not None:
             continue
-        for run in (layers, draws):
+        for run in (layers, draws, loops):
             try:
                 print(f"{backend} {run.__name__}: {run(backend)} calls", flush=True)
             except fastrnn.BackendRefusal as refusal:
