@@ -16,9 +16,9 @@ constexpr int64_t kLaneRows = 256;  // beyond that, state and products of a lane
 constexpr int64_t kLaneWork = int64_t{1} << 33;
 // From this many weight bytes on a step is long enough for threads to meet in each layer of it.
 constexpr int64_t kTeamBytes = 1 << 20;
-// Below this many rows a thread, threads share the weights of a lane rather than its rows: most of the time then goes
-// into reading the weights.
-constexpr int64_t kTeamRows = 8;
+// Below this many rows a thread, a panel or a matrix tile of them, threads share the weights of a lane rather than its
+// rows: half a panel takes nearly as long as a whole one, and reading the weights as long.
+constexpr int64_t kTeamRows = 16;
 constexpr int64_t kUnlimited = INT64_MAX;
 
 }  // namespace
