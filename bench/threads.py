@@ -44,7 +44,7 @@ def measure(model: str, batch: int, threads: int) -> list[dict]:
     for name, (dtype, keywords, _) in OURS.items():
         on = functools.partial(loop_on, network=network, batch=batch, keywords=keywords)
         loops = {str(number): on(number) for number in (1, threads)}
-        costs = possible(slopes(loops, time.perf_counter, rounds=9, seconds=0.2, budget=20.0))
+        costs = possible(slopes(loops, time.perf_counter, rounds=7, seconds=0.15, budget=12.0))
         if len(costs) < len(loops):
             continue
         rates = {}
