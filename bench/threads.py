@@ -52,7 +52,7 @@ def measure(model: str, batch: int, threads: int) -> list[dict]:
             torch.set_num_threads(int(number))
             median, low, high = (batch * 1e6 / us for us in (slope.step.median, slope.step.p80, slope.step.p20))
             rates[number] = median
-            found.append(row("generate", name, Timing(median, low, high), "tokens/s", dtype=dtype, **sizes))
+            found.append(row(f"generate {model}", name, Timing(median, low, high), "tokens/s", dtype=dtype, **sizes))
         one, many = rates["1"], rates[str(threads)]
         print(f"{model:28s} B={batch:<5d} {name:18s} {one:12,.0f} {many:12,.0f}  {many / one:.2f}x", flush=True)
     return found
