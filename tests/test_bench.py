@@ -87,9 +87,16 @@ def test_the_best_peer_is_never_ours():
 
 @pytest.mark.slow
 @pytest.mark.skipif(backends.available()["cpu"] is not None, reason="needs the extension: setup.py build_ext --inplace")
-@pytest.mark.parametrize("script", ["sequence", "sample"])
-def test_the_others_write_their_columns(script, tmp_path):
-    run(script, "--quick", "--output", str(tmp_path / "out.csv"))
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("sequence", ["--quick"]),
+        ("sample", ["--quick"]),
+        ("threads", ["--models", *generate.QUICK["models"], "--batches", "3"]),
+    ],
+)
+def test_the_others_write_their_columns(script, arguments, tmp_path):
+    run(script, *arguments, "--output", str(tmp_path / "out.csv"))
     rows(tmp_path / "out.csv")
 
 
