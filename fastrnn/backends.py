@@ -53,10 +53,10 @@ class Call(NamedTuple):
     needs_grad: bool = False
     training: bool = False
     dropout: bool = False
-    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights; so the next two
+    precision: str = "float32"  # for generate: "float32", "bfloat16" or "int8" weights; so the next three
+    cell: str = ""
     vocabulary: int = 0
     window: bool = False  # the last ids are run again for each token
-    cell: str = ""
     packed: bool = False  # rows of a PackedSequence
     bidirectional: bool = False
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing

@@ -1,4 +1,5 @@
-"""What the table of backends knows of GPUs: which backend a call prefers there, and whether Triton can run.
+"""What the table of backends knows of GPUs: which backend a call prefers there, which calls the Triton
+and the CUDA kernels take, and whether Triton can run.
 
 The preference is a pure rule of the cell, the sizes and the dtype. PyTorch's RNN is cuDNN on a GPU. For some calls
 PyTorch has it run persistent kernels, whose weights stay on chip for the whole sequence; those keep the call. For all

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU and a CUDA build of torch"))
+
+
+@pytest.fixture
+def set_isa() -> Iterator[Callable[[str], None]]:
+    """Forces an instruction set of the C++ kernels for the rest of a test; skips where this CPU lacks it."""
+
+    def force(name: str) -> None:
+        try:
+            torch.ops.fastrnn_cpu.set_isa(name)
+        except RuntimeError as problem:
+            pytest.skip(f"needs another CPU: {problem}")
+
+    yield force
+    torch.ops.fastrnn_cpu.set_isa("")
 
 
 @pytest.fixture(autouse=True)

@@ -24,20 +24,6 @@ ISAS = ("portable", "avx2", "avx512", "amx")
 PRECISIONS = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}
 
 
-@pytest.fixture
-def set_isa():
-    """Forces an instruction set for the rest of a test; skips where this CPU lacks it."""
-
-    def force(name: str) -> None:
-        try:
-            torch.ops.fastrnn_cpu.set_isa(name)
-        except RuntimeError as problem:
-            pytest.skip(f"needs another CPU: {problem}")
-
-    yield force
-    torch.ops.fastrnn_cpu.set_isa("")
-
-
 def make(vocab: int = 13, sharpen: float = 6, **options) -> Network:
     config = NetworkConfig(**{"vocab_size": vocab, "hidden_size": 24, "num_layers": 2, "cell": "lstm", **options})
     torch.manual_seed(1)

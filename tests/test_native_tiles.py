@@ -24,20 +24,6 @@ STEPS = 3
 
 
 @pytest.fixture
-def set_isa():
-    """Forces an instruction set for the rest of a test; skips where this CPU lacks it."""
-
-    def force(name: str) -> None:
-        try:
-            torch.ops.fastrnn_cpu.set_isa(name)
-        except RuntimeError as problem:
-            pytest.skip(f"needs another CPU: {problem}")
-
-    yield force
-    torch.ops.fastrnn_cpu.set_isa("")
-
-
-@pytest.fixture
 def threads():
     number = torch.get_num_threads()
     yield torch.set_num_threads
