@@ -26,6 +26,7 @@ from bench import peers
 from bench.gpu import KEY
 from bench.timing import Timing, clock_of, first_line, interleaved, launch_errors, row, write_csv
 from fastrnn import gpu, ops
+from fastrnn.backends import Call, automatic
 
 SHAPES = {  # B, V
     "cpu": [(1, 65), (256, 65), (64, 10000), (8, 50257)],
@@ -54,7 +55,10 @@ def filtered_multinomial(logits: Tensor) -> Tensor:
 
 
 def ours(logits: Tensor, backend: str | None, **options) -> Callable[[], object]:
-    """A call of `fastrnn.sample` on a backend."""
+    """A call of `fastrnn.sample` on a backend; as a user's where the table would choose that backend itself."""
+    chosen = automatic(Call("sample", logits.device.type, torch.float32, 1, len(logits), 0, logits.shape[1]))
+    if backend in (None, chosen.backend):
+        return functools.partial(fastrnn.sample, logits, TEMPERATURE, seed=1, **options)
 
     def run() -> object:
         with fastrnn.backend(backend):

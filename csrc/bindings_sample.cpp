@@ -1,7 +1,9 @@
-// Registers the draw as torch.ops.fastrnn_cpu.sample: checks the arguments, allocates the results, calls through
-// kernels.h.
+// Registers the draw as torch.ops.fastrnn_cpu.sample, and as draw, which takes numbers instead of columns: checks the
+// arguments, allocates the results, calls through kernels.h.
 #include "bindings.h"
 
+#include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -39,23 +41,33 @@ template <class D> Tensor empty(ScalarType dtype, int64_t n, D** data) {
   return t;
 }
 
-Tensors5 sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, MaybeTensor mask, Tensor seed,
-                Tensor sequence, Tensor step, int64_t mode_of, bool logprobs) {
-  const auto fail = [](const std::string& what) { throw std::runtime_error("sample: " + what); };
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("sample: " + what); }
+
+// The call that draws from logits, whose parameters are still to be given; `kept` holds the logits where they are
+// dense.
+fr::Sample draw_from(const Tensor& logits, std::vector<Tensor>& kept) {
   if (logits.scalar_type() != ScalarType::Float || logits.dim() != 2)
     fail("logits must be (B, V) float32, got " + shape_of(logits) + " " + dtype_name(logits.scalar_type()));
   const int64_t B = logits.size(0), V = logits.size(1);
   if (V < 1 || V > fr::kMaxVocabulary)
     fail("logits must have 1 to " + std::to_string(fr::kMaxVocabulary) + " columns (tokens), got " + std::to_string(V));
-  if (mode_of < 1) fail("mode_of must be at least 1, got " + std::to_string(mode_of));
-  std::vector<Tensor> kept;
-  kept.reserve(10);
   const bool dense_rows = (V == 1 || logits.stride(1) == 1) && (B < 2 || logits.stride(0) >= V);
   kept.push_back(dense_rows ? logits : torch::stable::contiguous(logits));
   fr::Sample a{};
-  a.B = B, a.V = V, a.mode_of = mode_of, a.logprobs = logprobs, a.pool = fr::threads();
+  a.B = B, a.V = V, a.mode_of = 1, a.pool = fr::threads();
   a.logits = static_cast<const float*>(kept.back().data_ptr());
   a.logits_stride = B < 2 ? V : kept.back().stride(0);
+  return a;
+}
+
+Tensors5 sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, MaybeTensor mask, Tensor seed,
+                Tensor sequence, Tensor step, int64_t mode_of, bool logprobs) {
+  std::vector<Tensor> kept;
+  kept.reserve(10);
+  fr::Sample a = draw_from(logits, kept);
+  const int64_t B = a.B, V = a.V;
+  if (mode_of < 1) fail("mode_of must be at least 1, got " + std::to_string(mode_of));
+  a.mode_of = mode_of, a.logprobs = logprobs;
   a.scale = column<float>("scale", scale, B, kept), a.min_p = column<float>("min_p", min_p, B, kept);
   a.top_k = column<int64_t>("top_k", top_k, B, kept), a.top_p = column<int64_t>("top_p", top_p, B, kept);
   a.seed = column<int64_t>("seed", seed, B, kept), a.sequence = column<int64_t>("sequence", sequence, B, kept);
@@ -78,6 +90,25 @@ Tensors5 sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor 
   return {token, plain, tempered, margin, status};
 }
 
+// The tokens of rows whose parameters are the same and whose sequences are 0, 1, ..., and how many rows cannot be drawn
+// from. A tensor costs a call as much as some rows' draws, so there are but two.
+std::tuple<Tensor, int64_t> draw(Tensor logits, double scale, int64_t top_k, int64_t top_p, double min_p, int64_t seed,
+                                 int64_t step) {
+  std::vector<Tensor> kept;
+  fr::Sample a = draw_from(logits, kept);
+  const auto rows = static_cast<size_t>(a.B);
+  const std::vector<float> scales(rows, static_cast<float>(scale)), min_ps(rows, static_cast<float>(min_p));
+  const std::vector<int64_t> top_ks(rows, top_k), top_ps(rows, top_p), seeds(rows, seed), steps(rows, step);
+  std::vector<int64_t> sequences(rows);
+  std::iota(sequences.begin(), sequences.end(), 0);
+  std::vector<int32_t> statuses(rows);
+  a.scale = scales.data(), a.min_p = min_ps.data(), a.top_k = top_ks.data(), a.top_p = top_ps.data();
+  a.seed = seeds.data(), a.sequence = sequences.data(), a.step = steps.data(), a.status = statuses.data();
+  Tensor token = empty(ScalarType::Long, a.B, &a.token);
+  fr::sample(a);
+  return {token, a.B - std::count(statuses.begin(), statuses.end(), 0)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cpu, m) {
@@ -85,6 +116,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cpu, m) {
       "sample(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, Tensor? mask, Tensor seed,"
       " Tensor sequence, Tensor step, int mode_of, bool logprobs)"
       " -> (Tensor token, Tensor logprob, Tensor tempered_logprob, Tensor margin, Tensor status)");
+  m.def(
+      "draw(Tensor logits, float scale, int top_k, int top_p, float min_p, int seed, int step)"
+      " -> (Tensor token, int refused)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CPU, m) { m.impl("sample", TORCH_BOX(&sample)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CPU, m) {
+  m.impl("sample", TORCH_BOX(&sample));
+  m.impl("draw", TORCH_BOX(&draw));
+}

@@ -77,9 +77,13 @@ def run(op: str, args: Sequence) -> tuple[Tensor, ...]:
 
 
 def run_sample(*args) -> tuple[Tensor, ...]:
-    logits = args[0]
+    return backends.function(sample_backend(args[0]), "sample")(*args)
+
+
+def sample_backend(logits: Tensor) -> str:
+    """The name of the backend that the table gives a draw to."""
     batch, vocabulary = logits.shape
-    return backends.pick(_sample_call(logits.device.type, logits.dtype, batch, vocabulary))(*args)
+    return backends.choose(_sample_call(logits.device.type, logits.dtype, batch, vocabulary)).backend
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import aten, backends, reference
 from .backends import Call
-from .library import ARGUMENTS, GATES, cast, run_sample
+from .library import ARGUMENTS, GATES, cast, run_sample, sample_backend
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "privateuseone")
 _ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int))
@@ -55,6 +55,23 @@ def sample(
     """Draw a token a row as `fastrnn.reference_sample` defines it (arguments there)."""
     args = (logits.detach(), scale, top_k, top_p, min_p, mask, seed, sequence, step, mode_of, logprobs)
     return run_sample(*args) if _plain(args) else torch.ops.fastrnn.sample(*args)
+
+
+def draw(
+    logits: Tensor, scale: float, top_k: int, top_p: int, min_p: float, seed: int, step: int
+) -> Tensor | None:  # fmt: skip
+    """The tokens (B,) of `sample` with each parameter one number for all rows and the rows' sequences 0, 1, ...
+
+    None where the table gives the draw to another backend than the C++ one, where something surrounds the call, and
+    where a row cannot be drawn from: `sample` runs there, and knows why.
+    """
+    ordinary = type(logits) in _ORDINARY and not torch._C._len_torch_dispatch_stack()
+    if not ordinary or transform() or backends.recording() or sample_backend(logits) != "cpu":
+        return None
+    if logits.requires_grad:
+        logits = logits.detach()
+    token, refused = backends.function("cpu", "draw")(logits, scale, top_k, top_p, min_p, seed, step)
+    return None if refused else token
 
 
 def transform() -> str:

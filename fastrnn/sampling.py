@@ -170,12 +170,19 @@ _PARAMETERS = {
     "seed": (functools.partial(_bits, name="seed"), torch.int64),
     "sequence": (functools.partial(_bits, name="sequence"), torch.int64), "step": (_step, torch.int64),
 }  # fmt: skip
+_NUMBERS = frozenset((int, float))
 _SELDOM = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 @functools.lru_cache(maxsize=128, typed=True)
+def _cached_numbers(*numbers: float) -> KernelNumbers:
+    """Of temperature, top_k, top_p and min_p; `typed`, for True and 1.0 are no top_k."""
+    return SamplingParams(*numbers).numbers()
+
+
+@functools.lru_cache(maxsize=128, typed=True)
 def _cached_columns(rows: int, device: torch.device, *numbers: float) -> tuple[Tensor, ...]:
-    """`_columns` of parameters that are one number each; `typed`, for True and 1.0 are no top_k."""
+    """`_columns` of parameters that are one number each."""
     return tuple(_rows(name, value, rows, device, *_PARAMETERS[name]) for name, value in zip(_SELDOM, numbers))
 
 
@@ -205,9 +212,18 @@ def _parameter(name: str, value: object, rows: int, device: torch.device) -> Ten
 
 def _columns(rows: int, device: torch.device, keep: bool, *values: object) -> tuple[Tensor, ...]:
     """The columns of the parameters `_SELDOM`, which most callers leave from call to call; kept if each is a number."""
-    if keep and all(type(value) in (int, float) for value in values):
+    if keep and _NUMBERS.issuperset(map(type, values)):
         return _cached_columns(rows, device, *values)
     return tuple(_parameter(name, value, rows, device) for name, value in zip(_SELDOM, values))
+
+
+def _sequences(rows: int, device: torch.device, keep: bool, given: object) -> Tensor:
+    """The (rows,) ids of the rows' sequences."""
+    if given is None:
+        return _cached_range(rows, device) if keep else torch.arange(rows, device=device)
+    if rows == 1 or hasattr(given, "__len__") or isinstance(given, Tensor):
+        return _parameter("sequence", given, rows, device)
+    raise ValueError(f"sample: sequence must have one id for each of the {rows} rows, got {given!r}")
 
 
 def _check_logits(logits: Tensor, mask: Tensor | None) -> None:
@@ -268,23 +284,24 @@ def sample(
     table = logits if logits.dim() == 2 else logits[None]
     if table.dtype != torch.float32:
         table = table.detach().to(torch.float32)
+    numbers = (temperature, top_k, top_p, min_p)
+    plain = mask is None and sequence is None and mode_of == 1 and not return_details
+    if plain and type(seed) is type(step) is int and _NUMBERS.issuperset(map(type, numbers)):
+        token = ops.draw(table, *_cached_numbers(*numbers), _bits(seed, "seed"), _step(step))
+        if token is not None:
+            return token if logits.dim() == 2 else token[0]
     rows, device = table.shape[0], table.device
     keep = _may_keep(rows)
-    if sequence is None:
-        sequence = _cached_range(rows, device) if keep else torch.arange(rows, device=device)
-    elif not (rows == 1 or hasattr(sequence, "__len__") or isinstance(sequence, Tensor)):
-        raise ValueError(f"sample: sequence must have one id for each of the {rows} rows, got {sequence!r}")
-    else:
-        sequence = _parameter("sequence", sequence, rows, device)
+    sequences = _sequences(rows, device, keep, sequence)
     if mask is not None:
         mask = mask.to(device).reshape(-1, table.shape[1]).contiguous()
-    *columns, seeds = _columns(rows, device, keep, temperature, top_k, top_p, min_p, seed)
+    *columns, seeds = _columns(rows, device, keep, *numbers, seed)
     if keep and type(step) is int and step == 0:
         steps = _cached_zeros(rows, device, torch.int64)
     else:
         steps = _parameter("step", step, rows, device)
     token, logprob, tempered, margin, status = ops.sample(
-        table, *columns, mask, seeds, sequence, steps, int(mode_of), return_details
+        table, *columns, mask, seeds, sequences, steps, int(mode_of), return_details
     )
     if return_details:
         parts = (token.masked_fill(status != 0, -1), logprob, tempered, margin, status)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastrnn import backends, ops, sampling
 from fastrnn import reference_sample as definition
-from fastrnn import sampling
 from fastrnn.sampling import SamplingParams, sample
 
 
@@ -141,6 +141,25 @@ def test_a_number_or_one_a_row():
     mixed = sample(x, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0], seed=1)
     assert torch.equal(mixed[::2], x.argmax(-1)[::2])
     assert torch.equal(mixed[1::2], sample(x, seed=1)[1::2])
+
+
+@pytest.mark.skipif(backends.available()["cpu"] is not None, reason="the C++ extension is not built")
+def test_numbers_go_to_the_kernel_as_numbers(monkeypatch):
+    """Where each parameter is one number the C++ backend is given those, and draws what its columns draw."""
+    x = torch.randn(37, 300)
+    x[5, 2], x[9] = math.nan, -math.inf
+    given = (*SamplingParams(0.7, 9, 0.8, 0.05).numbers(), -5, 2**32 - 1)
+    token, refused = torch.ops.fastrnn_cpu.draw(x, *given)
+    fine = [row for row in range(37) if row not in (5, 9)]
+    assert refused == 2
+    assert torch.equal(token[fine], sample(x, [0.7] * 37, top_k=9, top_p=0.8, min_p=0.05, seed=-5, step=2**32 - 1,
+                                           return_details=True).token[fine])  # fmt: skip
+    monkeypatch.setattr(ops, "sample", None)
+    drawn = sample(x[fine].requires_grad_(), 0.7, top_k=9, top_p=0.8, min_p=0.05, seed=-5, step=2**32 - 1)
+    rows = torch.ops.fastrnn_cpu.draw(x[fine], *given)[0]
+    assert torch.equal(drawn, rows)
+    with pytest.raises(RuntimeError, match=r"sample: logits must be \(B, V\) float32, got \(37, 300\) float64"):
+        torch.ops.fastrnn_cpu.draw(x.double(), *given)
 
 
 def test_a_mask_for_all_or_for_each():
