@@ -23,7 +23,8 @@ from .sampling import STATUS_TEXTS
 from .sequence import SequenceState, window_tail
 
 SLICE_MICROSECONDS = 20_000  # of one call: Ctrl-C waits no longer than that and a step
-STREAM_MICROSECONDS, STREAM_STEPS = 5_000, 16  # of one call when each token is looked at
+STREAM_MICROSECONDS = 5_000  # of one call when each token is looked at
+STREAM_STEPS = {"cpu": 16, "cuda": 256}  # and how far rows may go on before they hear that they are to stop
 FINISH = ("length", "eos", "error", "stop")
 _NOTHING = torch.empty(0)
 
@@ -110,7 +111,8 @@ class NativeEngine:
         self._feed()
         if not self.live:
             return iter(())
-        time, steps = (STREAM_MICROSECONDS, STREAM_STEPS) if self.events else (SLICE_MICROSECONDS, 0)
+        streams = (STREAM_MICROSECONDS, STREAM_STEPS[self.packed.backend])
+        time, steps = streams if self.events else (SLICE_MICROSECONDS, 0)
         results, tokens, logprobs, events, waiting = self.packed.op("run")(
             _NOTHING, self.session, time, steps, not self.exhausted, self.events
         )
@@ -131,7 +133,7 @@ class NativeEngine:
         """What has finished since the last call, in the order in which it finished."""
         done, self.completions = self.completions, []
         for results, tokens, logprobs in self.results:
-            every, values, at, at_value = tokens.tolist(), logprobs.tolist(), 0, 0
+            every, values, at, at_value = memoryview(tokens.numpy()), logprobs.tolist(), 0, 0
             for index, finish, status, count in results.view(-1, 4).tolist():
                 prompt_tokens, wants = self.live.pop(index)
                 own = values[at_value : at_value + count] if wants else None

@@ -42,6 +42,24 @@ class Request:
     window: int | None = None
 
 
+class _Ids:
+    """A list of ids that may be given as a memoryview, and becomes a list when it is first looked at.
+
+    Native code draws faster than Python makes lists; whoever only counts or stores does not wait for them.
+    """
+
+    def __get__(self, owner: Completion | None, kind: type) -> list[int]:
+        if owner is None:
+            raise AttributeError("token_ids has no default")  # which tells dataclasses so
+        ids = owner.__dict__["token_ids"]
+        if isinstance(ids, memoryview):
+            ids = owner.__dict__["token_ids"] = ids.tolist()
+        return ids
+
+    def __set__(self, owner: Completion, ids: list[int] | memoryview) -> None:
+        owner.__dict__["token_ids"] = ids
+
+
 @dataclasses.dataclass
 class Completion:
     """What came of request number ``index``.
@@ -53,7 +71,7 @@ class Completion:
     """
 
     index: int
-    token_ids: list[int]
+    token_ids: list[int] = _Ids()
     logprobs: list[float] | None
     prompt_tokens: int
     finish_reason: str = ""

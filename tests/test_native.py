@@ -209,6 +209,14 @@ def test_stopped_requests_keep_what_was_looked_at() -> None:
         assert completion.finish_reason == ("stop" if len(full.token_ids) >= 7 else "length")
 
 
+def test_ids_become_a_list_when_they_are_looked_at() -> None:
+    first, second = run(make(), requests(2)), run(make(), requests(2))
+    assert all(isinstance(vars(completion)["token_ids"], memoryview) for completion in first)
+    assert first == second
+    assert all(type(vars(completion)["token_ids"]) is list for completion in first)
+    assert "memory" not in repr(run(make(), requests(2)))
+
+
 def test_requests_before_a_bad_one_are_served() -> None:
     network, asked = make(), requests(6)
     engine = make_engine(make_runner(network), [*asked, Request([99], 1)], 3)
