@@ -1,9 +1,10 @@
-// A generation on a GPU: what generate.cu runs, in terms of the GPU's memory. generate_session.h feeds it.
+// A generation on a GPU: what generate.cu and generate_cluster.cu run, in terms of the GPU's memory. generate_session.h
+// feeds it.
 #pragma once
 
 #include <cstdint>
 
-#include "generate_plan.h"
+#include "generate_cluster_plan.h"
 
 namespace fr::cuda {
 
@@ -61,9 +62,14 @@ struct GenerateCall {
   int64_t most_draws;  // of a vote
   double* margins;     // scratch (plan.rows, most_draws) where that is more than kVotesInShared, as is
   int32_t* drawn;      // (plan.rows, most_draws)
+  float* logits;       // scratch (plan.rows, columns) of a cluster that has them not on the chip
 };
 
 // Begins `steps` steps of all rows on a stream (a cudaStream_t); the launch's cudaError_t.
 int generate(const GenerateCall& call, void* stream);
+// The same where the plan has a cluster, in generate_cluster.cu.
+int generate_clustered(const GenerateCall& call, void* stream);
+// How many clusters of so many CTAs, each with so much shared memory, the current device runs at once; 0: none.
+int64_t generate_clusters_at_once(int64_t cluster, int64_t shared_bytes);
 
 }  // namespace fr::cuda

@@ -32,42 +32,12 @@ void clear(const DeviceMemory& memory, cudaStream_t stream) {
   require(cudaMemsetAsync(memory.get(), 0, static_cast<size_t>(memory.bytes()), stream), "clear");
 }
 
+int64_t logits_bytes(const NetworkSizes& n, const GeneratePlan& plan) {
+  return plan.cluster > 0 && !plan.logits_on_chip ? plan.rows * columns_of(n) * 4 : 0;
+}
+
 CellKind kind_of(Cell cell) {
   return cell == Cell::lstm ? CellKind::lstm : cell == Cell::gru ? CellKind::gru : CellKind::rnn;
-}
-
-uint32_t float_word(float x) { return __builtin_bit_cast(uint32_t, x); }
-uint32_t nearest_bf16(float x) {
-  const uint32_t bits = float_word(x);
-  return x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-}
-
-// w (gates * rows, K) into words (of k, gates, width).
-void pack_matrix(const NetworkSizes& n, const float* w, int64_t gates, int64_t rows, int64_t width, int64_t K,
-                 uint32_t* to) {
-  for (int64_t g = 0; g < gates; ++g)
-    for (int64_t u = 0; u < rows; ++u)
-      for (int64_t k = 0; k < K; ++k) {
-        const float x = w[(g * rows + u) * K + k];
-        uint32_t& word = to[(k / n.per_word * gates + g) * width + u];
-        word |= n.per_word == 1 ? float_word(x) : nearest_bf16(x) << (16 * (k % 2));
-      }
-}
-
-// The first layer's products with what each id reads, and the bias: each one chain of fma from the bias.
-void pack_table(const NetworkWeights& from, const NetworkSizes& n, const float* bias, float* table) {
-  const int64_t units = units_of(n);
-  for (int64_t v = 0; v < n.V; ++v)
-    for (int64_t g = 0; g < n.gates; ++g)
-      for (int64_t u = 0; u < n.H; ++u) {
-        const float* row = from.w_ih[0] + (g * n.H + u) * from.E;
-        float sum = bias[g * units + u];
-        if (from.inputs == nullptr)
-          sum += row[v];
-        else
-          for (int64_t e = 0; e < from.E; ++e) sum = __builtin_fmaf(from.inputs[v * from.E + e], row[e], sum);
-        table[(v * n.gates + g) * units + u] = sum;
-      }
 }
 
 // The arrays that requests point at, side by side.
@@ -115,64 +85,34 @@ void DeviceMemory::reserve(int64_t bytes) {
   if (bytes > bytes_) *this = DeviceMemory(bytes);
 }
 
-NetworkSizes sizes_of(Cell cell, int64_t L, int64_t H, int64_t V, Precision precision) {
-  return {L, H, V, gates_of(cell), precision == Precision::float32 ? 1 : 2, gates_of(cell) > 1};
-}
-
-std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision) {
-  const NetworkSizes n = sizes_of(from.cell, from.L, from.H, from.V, precision);
-  const int64_t units = units_of(n);
-  std::vector<uint32_t> blob(static_cast<size_t>(blob_words(n)));
-  auto* floats = reinterpret_cast<float*>(blob.data());
-  for (int64_t l = 0; l < n.L; ++l) {
-    if (l) pack_matrix(n, from.w_ih[l], n.gates, n.H, units, n.H, blob.data() + input_at(n, l));
-    pack_matrix(n, from.w_hh[l], n.gates, n.H, units, n.H, blob.data() + hidden_at(n, l));
-    const float *b_ih = from.b_ih[l], *b_hh = from.b_hh[l];
-    for (int64_t g = 0; g < n.gates; ++g)
-      for (int64_t u = 0; u < n.H; ++u) {
-        const float hidden = b_hh ? b_hh[g * n.H + u] : 0.0f;
-        const bool apart = from.cell == Cell::gru && g == 2;  // r multiplies W_hn h + b_hn
-        floats[bias_at(n, l) + g * units + u] = (b_ih ? b_ih[g * n.H + u] : 0.0f) + (apart ? 0.0f : hidden);
-        if (apart) floats[bias_q_at(n, l) + u] = hidden;
-      }
-  }
-  pack_matrix(n, from.head, 1, n.V, columns_of(n), n.H, blob.data() + head_at(n));
-  if (from.head_bias) std::copy_n(from.head_bias, n.V, floats + head_bias_at(n));
-  pack_table(from, n, floats + bias_at(n, 0), floats + table_at(n));
-  return blob;
-}
-
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device) {
-  if (precision == Precision::int8)
-    throw std::invalid_argument("the loop on the GPU has no int8 weights; use bfloat16");
+  return pack_network(from, precision, device, generate_device(device));
+}
+
+std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device,
+                                            const GenerateDevice& has) {
   auto net = std::make_unique<PackedNetwork>();
-  net->cell = from.cell, net->precision = precision, net->device = device;
+  net->cell = from.cell, net->precision = precision, net->device = device, net->has = has;
   net->sizes = sizes_of(from.cell, from.L, from.H, from.V, precision);
-  int value = 0;
-  require(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "device");
-  net->multiprocessors = value;
-  require(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-  net->shared_limit = value - 1024;  // the kernel's own arrays and what CUDA keeps of a block's
-  const GeneratePlan plan = plan_generate(net->sizes, 1, net->multiprocessors, net->shared_limit);
-  if (!plan.fits)
-    throw std::invalid_argument("the network needs " + std::to_string(plan.needed_bytes) + " bytes of the " +
-                                std::to_string(net->shared_limit) + " that a multiprocessor has");
-  const std::vector<uint32_t> blob = pack_blob(from, precision);
+  const std::string refusal = refuse_network(net->sizes, has);
+  if (!refusal.empty()) throw std::invalid_argument(refusal);
+  const std::vector<uint32_t> blob = pack_blob(from, precision, plan_generate(net->sizes, 1, has).cluster);
   net->blob = DeviceMemory(static_cast<int64_t>(blob.size() * 4));
   require(cudaMemcpy(net->blob.get(), blob.data(), blob.size() * 4, cudaMemcpyHostToDevice), "upload");
-  net->weight_bytes = 4 * table_at(net->sizes);
+  net->weight_bytes = 4 * (static_cast<int64_t>(blob.size()) - float_words(net->sizes) + table_in(net->sizes));
   return net;
 }
 
 Session::Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, void* stream)
     : net_(std::move(net)),
-      plan_(plan_generate(net_->sizes, rows, net_->multiprocessors, net_->shared_limit)),
+      plan_(plan_generate(net_->sizes, rows, net_->has)),
       stream_(stream),
       slice_(kFirstSlice),
       rows_(plan_.rows * static_cast<int64_t>(sizeof(DeviceRow))),
       state_(plan_.rows * net_->sizes.L * 2 * net_->sizes.H * 4),
       seen_(plan_.rows * net_->sizes.V),
-      claimed_(4) {
+      claimed_(4),
+      logits_(logits_bytes(net_->sizes, plan_)) {
   clear(rows_, static_cast<cudaStream_t>(stream_));
   clear(state_, static_cast<cudaStream_t>(stream_));
 }
@@ -245,6 +185,7 @@ void Session::launch(int64_t steps) {
   call.rows = rows_.as<DeviceRow>(), call.state = state_.as<float>(), call.seen = seen_.as<uint8_t>();
   call.log = log_.as<LogEntry>(), call.most_draws = most_draws_;
   call.margins = margins_.as<double>(), call.drawn = drawn_.as<int32_t>();
+  call.logits = logits_.as<float>();
   require(static_cast<cudaError_t>(generate(call, stream_)), "launch");
   host_log_.resize(static_cast<size_t>(steps * plan_.rows));
   to_host(host_log_.data(), log_.get(), static_cast<int64_t>(log_bytes), stream);
@@ -320,12 +261,13 @@ void read(const PackedNetwork& net, const std::vector<int32_t>& ids, float* h, f
   q.prompt = moved<int32_t>(*memory, at_ids), q.prompt_count = static_cast<int32_t>(count), q.penalty = 1.0f;
   q.start_h = moved<float>(*memory, at_h), q.start_c = has_c ? moved<float>(*memory, at_c) : nullptr;
   DeviceMemory out(n.V * 4), queue(sizeof q), claimed(4), rows(sizeof(DeviceRow)), state(2 * size * 4), seen(n.V);
-  DeviceMemory log(kReadSlice * static_cast<int64_t>(sizeof(LogEntry)));
+  const GeneratePlan plan = plan_generate(n, 1, net.has);
+  DeviceMemory log(kReadSlice * static_cast<int64_t>(sizeof(LogEntry))), scratch(logits_bytes(n, plan));
   q.read_logits = out.as<float>();
   to_device(queue.get(), &q, sizeof q, on);
   for (const DeviceMemory* each : {&claimed, &rows, &state}) clear(*each, on);
   GenerateCall call{};
-  call.net = n, call.plan = plan_generate(n, 1, net.multiprocessors, net.shared_limit);
+  call.net = n, call.plan = plan, call.logits = scratch.as<float>();
   call.cell = kind_of(net.cell), call.relu = net.cell == Cell::rnn_relu, call.blob = net.blob.as<uint32_t>();
   call.queue = queue.as<DeviceRequest>(), call.queued = 1, call.claimed = claimed.as<int32_t>();
   call.rows = rows.as<DeviceRow>(), call.state = state.as<float>(), call.seen = seen.as<uint8_t>();

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../generation.h"
-#include "generate.h"
+#include "generate_pack.h"
 
 namespace fr::cuda {
 
@@ -39,17 +39,17 @@ struct PackedNetwork {
   Precision precision;
   int device;
   NetworkSizes sizes;
-  int64_t multiprocessors, shared_limit;
+  GenerateDevice has;
   DeviceMemory blob;
   int64_t weight_bytes;
   NetworkShape shape() const { return {cell, sizes.L, sizes.H, sizes.V}; }
 };
 
-NetworkSizes sizes_of(Cell cell, int64_t L, int64_t H, int64_t V, Precision precision);
-// The blob of generate_plan.h.
-std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision);
-// Weights are on the host. Throws std::invalid_argument for what does not fit one multiprocessor's shared memory.
+// Weights are on the host. Throws std::invalid_argument for what refuse_network refuses. has: what the device has, for
+// tests.
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device);
+std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device,
+                                            const GenerateDevice& has);
 
 // h, c (L, H) and logits (V,), all on the host, after `ids` from h, c; c is not used by cells without one.
 void read(const PackedNetwork& net, const std::vector<int32_t>& ids, float* h, float* c, float* logits, void* stream);
@@ -95,7 +95,7 @@ class Session final : public GenerationLoop {
   std::vector<int32_t> stopped_;         // slots whose rows are to end
   std::vector<GenerationResult> results_;
   std::vector<TokenEvent> events_;
-  DeviceMemory rows_, state_, seen_, queue_, claimed_, stop_list_, log_, margins_, drawn_;
+  DeviceMemory rows_, state_, seen_, queue_, claimed_, stop_list_, log_, margins_, drawn_, logits_;
   std::vector<LogEntry> host_log_;
   int32_t host_claimed_ = 0;
 };

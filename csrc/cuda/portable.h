@@ -57,6 +57,11 @@ inline uint32_t warp_max(uint32_t v, FR_PLACE) {
   }
   return v;
 }
+// How many clusters run at once; see below.
+template <class... P> int clusters_at_once(void (*)(P...), unsigned cluster, unsigned, size_t) {
+  return cuda_on_cpu::kMultiprocessors / static_cast<int>(cluster);
+}
+
 inline void grid_sync(FR_PLACE) { cuda_on_cpu::grid_barrier({file, line}); }
 inline void cluster_sync(FR_PLACE) { cuda_on_cpu::cluster_barrier({file, line}); }
 inline unsigned cluster_rank() { return cuda_on_cpu::self().rank; }
@@ -138,6 +143,26 @@ template <class... P, class... A> cudaError_t launch(const Launch& how, void (*k
   config.gridDim = how.grid, config.blockDim = how.block, config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream, config.attrs = attribute, config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+}
+
+// How many clusters of so many CTAs the current device runs at once, each CTA with so many threads and so much dynamic
+// shared memory; 0 where it has none so large. A cluster of one is a CTA: one for each multiprocessor.
+template <class... P>
+int clusters_at_once(void (*kernel)(P...), unsigned cluster, unsigned threads, size_t shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int clusters = 0;
+  const bool asked = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)) == cudaSuccess &&
+                     cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+  if (!asked) cudaGetLastError();  // which would be taken for that of the next launch
+  return asked ? clusters : 0;
 }
 
 // The largest of a warp's numbers.

@@ -20,6 +20,7 @@
 namespace cuda_on_cpu {
 
 constexpr size_t kSharedBytes = 227 << 10;  // what a block can have on compute capability 9.0
+constexpr int kMultiprocessors = 132;       // of an H100
 constexpr int kExchangeWords = 8;
 
 // In which order the threads of a gang, and the gangs of a grid, take their turns.
