@@ -125,7 +125,7 @@ def refuse_cuda(call: Call) -> str | None:
 
 
 def _refuse_cuda_loop(call: Call) -> str | None:
-    """Why the loop in one launch, which keeps a network in a multiprocessor or a cluster of them, does not take a call."""
+    """Why the loop in one launch, with a network in a multiprocessor or a cluster of them, does not take a call."""
     if call.dtype != torch.float32:
         return f"the loop in CUDA packs float32 networks, this one is {str(call.dtype).removeprefix('torch.')}"
     if call.precision == "int8":

@@ -119,7 +119,7 @@ inline GeneratePlan plan_cluster(const NetworkSizes& n, int64_t rows, const Gene
   }
   best.rows = std::max<int64_t>(rows, 1);
   if (!best.fits) return best;
-  if (best.rows > at_once * kTileRows) {
+  if (best.rows > 2 * at_once * kTileRows) {  // a step of more tiles is estimated to take two of one
     const GeneratePlan wide = cut_cluster(n, best.cluster, kMostRowTiles, device.shared_limit);
     if (wide.fits) best = wide, best.rows = rows;
   }

@@ -161,7 +161,7 @@ template <class M, int values, int row_tiles> struct TileSums {
       for (int i = work.part; i < 4; i += work.parts) {
         float all[values];
         start(n, i, all);
-#pragma unroll 1
+#pragma unroll 4
         for (int part = 0; part < work.parts; ++part)
 #pragma unroll
           for (int v = 0; v < values; ++v) all[v] += parts[(part * values + v) * kSums + i * 32];

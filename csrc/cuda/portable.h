@@ -63,7 +63,9 @@ template <class... P> int clusters_at_once(void (*)(P...), unsigned cluster, uns
 }
 
 inline void grid_sync(FR_PLACE) { cuda_on_cpu::grid_barrier({file, line}); }
-inline void cluster_sync(FR_PLACE) { cuda_on_cpu::cluster_barrier({file, line}); }
+inline void cluster_arrive(FR_PLACE) { cuda_on_cpu::cluster_arrive({file, line}); }
+inline void cluster_wait(FR_PLACE) { cuda_on_cpu::cluster_wait({file, line}); }
+inline void cluster_sync(FR_PLACE) { cluster_arrive(file, line), cluster_wait(file, line); }
 inline unsigned cluster_rank() { return cuda_on_cpu::self().rank; }
 template <class T> T* cluster_map(T* shared, unsigned rank) {
   return static_cast<T*>(cuda_on_cpu::map_shared(shared, rank));
@@ -174,6 +176,17 @@ __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sy
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
+#endif
+}
+// Its two halves: what a thread has written before it arrives, the threads of the cluster see after they have waited.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ unsigned cluster_rank() {

@@ -112,7 +112,7 @@ struct Way {
 Results run_way(const Model& model, Precision precision, int64_t cluster, const Requests& requests, const Way& way) {
   const auto& w = model.weights;
   const NetworkSizes n = sizes_of(w.cell, w.L, w.H, w.V, precision);
-  const int64_t tiles = way.rows > 2 * kTileRows ? kMostRowTiles : 1, all = cluster_split(n, cluster).all;
+  const int64_t tiles = way.rows > 4 * kTileRows ? kMostRowTiles : 1, all = cluster_split(n, cluster).all;
   const int64_t front = cluster_layout(n, cluster, tiles * kTileRows, way.kept == 100 || w.V <= 256).weights;
   const int64_t limit = front + all * way.kept / 100 * 4 * fragment_words(n);
   const std::shared_ptr<fr::cuda::PackedNetwork> net = pack_network(w, precision, 0, device_of(cluster, limit));
@@ -148,7 +148,7 @@ void test_network(Cell cell, Precision precision, const Shape& shape, int64_t cl
   cuda_on_cpu::options.order = cuda_on_cpu::Order::backward;
   check_same(base, run_way(model, precision, cluster, requests, {1, 0, 50, 100}));
   check_same(base, run_way(model, precision, cluster, requests, {12, 1, 50, 60}));
-  check_same(base, run_way(model, precision, cluster, requests, {20, 0, 50, 40}));
+  check_same(base, run_way(model, precision, cluster, requests, {40, 0, 50, 40}));
 }
 
 // A state that was read, and requests that start from it.
@@ -246,6 +246,7 @@ int main(int, char** arguments) {
   for (const Precision precision : {Precision::float32, Precision::bfloat16}) {
     const bool half = precision == Precision::bfloat16;
     test_network(Cell::gru, precision, small, few ? 2 : 4, !few && !half);
+    if (few && half) test_network(Cell::lstm, precision, words, 2, false);
     if (few) continue;
     test_network(Cell::lstm, precision, odd, 2, half);
     test_network(Cell::rnn_tanh, precision, words, 1, !half);

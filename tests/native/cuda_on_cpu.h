@@ -52,7 +52,8 @@ cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, boo
 [[noreturn]] void fail(const char* what);
 
 void block_barrier(Place place);
-void cluster_barrier(Place place);
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
 void grid_barrier(Place place);
 // Waits until every lane of `mask` that exists is here with the same mask.
 void warp_barrier(unsigned mask, Place place);
