@@ -115,11 +115,12 @@ std::string refuse_network(const NetworkSizes& n, const GenerateDevice& has) {
   const auto text = [](int64_t number) { return std::to_string(number); };
   const std::string where =
       plan.cluster == 1 ? "in one multiprocessor" : "in each of " + text(plan.cluster) + " multiprocessors";
-  if (cluster_split(n, plan.cluster).unit_tiles > kClusterWarps)
-    return "the network has H=" + text(n.H) + ", the loop in CUDA up to " +
-           text(plan.cluster * kClusterWarps * kTileSide) + " " + where + "; the Triton loop takes it";
-  return "the network needs " + text(plan.needed_bytes) + " bytes " + where + ", which have " + text(has.shared_limit) +
-         " of shared memory and may read " + text(kStreamedBytes) + " again each step; the Triton loop takes it";
+  if (plan.needed_bytes > has.shared_limit + kStreamedBytes)
+    return "the network needs " + text(plan.needed_bytes) + " bytes " + where + "; there are " +
+           text(has.shared_limit) + " of shared memory, and " + text(kStreamedBytes) +
+           " more may be read again each step; the Triton loop takes it";
+  return "the network has H=" + text(n.H) + ", the loop in CUDA takes up to " +
+         text(plan.cluster * kClusterWarps * kTileSide) + " " + where + "; the Triton loop takes it";
 }
 
 std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision, int64_t cluster) {

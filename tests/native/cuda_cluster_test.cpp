@@ -231,8 +231,15 @@ void test_what_fits() {
         static_cast<long long>(p.rows), static_cast<long long>(p.block_rows), static_cast<long long>(p.shared_bytes),
         static_cast<long long>(streamed));
   }
-  std::printf("LSTM 3x512 V=128: %s\n",
-              refuse_network(sizes_of(Cell::lstm, 3, 512, 128, Precision::bfloat16), has).c_str());
+  const auto refusal = [](int64_t L, int64_t H, int64_t V, const GenerateDevice& on) {
+    return refuse_network(sizes_of(Cell::lstm, L, H, V, Precision::bfloat16), on);
+  };
+  const GenerateDevice ampere{108, 162 << 10, {108, 0, 0, 0, 0}};
+  const auto says = [](const std::string& text, const char* words) { return text.find(words) != std::string::npos; };
+  CHECK(says(refusal(3, 512, 128, has), "bytes in each of 16 multiprocessors; there are 231424"));
+  CHECK(says(refusal(4, 256, 65, ampere), "bytes in one multiprocessor; there are 165888"));
+  CHECK(says(refusal(1, 140, 5, ampere), "H=140, the loop in CUDA takes up to 128 in one multiprocessor"));
+  CHECK(refusal(4, 256, 65, has).empty());
 }
 
 }  // namespace
