@@ -1,5 +1,5 @@
-// What the tests of the loops on a GPU share: a loop run to its end, and what a network on the emulated GPU is told to
-// be.
+// What the tests of the loops on a GPU share: a loop run to its end, and requests that begin with a state that was
+// read.
 #pragma once
 
 #include "../../csrc/cuda/generate_session.h"
