@@ -119,8 +119,8 @@ __device__ __forceinline__ void head_item(const GenerateCall& c, const Chip& chi
 
 // A warp gives a row the next request of the queue, if there is one; its state goes where the next step reads it.
 __device__ void start_next(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity, int64_t r,
-                           const Team<1>& team, const RowSeat& seat, int32_t* running) {
-  const int32_t at = claim(c, team, seat);
+                           const Team<1>& team, const RowSeat& seat, int32_t* running, int64_t step, int32_t end) {
+  const int32_t at = claim(c, team, seat, step, end);
   if (at < 0) return;
   if (team.lane() == 0) atomicAdd(running, 1);
   const DeviceRequest& q = c.queue[at];
@@ -198,7 +198,7 @@ __device__ __forceinline__ void run_head(const GenerateCall& c, const Chip& chip
 // Owns:   plan.block_rows sequences from their state to their state, and their entries of the log.
 // Keeps:  the weights, the table where it fits, h, c and the logits in shared memory; sums and masses in registers.
 // Moves:  the weights once a launch; a step reads Gates * units floats of the table a row where that is not on the chip
-//         and writes 16 bytes of the log a row.
+//         and writes 4 or 8 bytes of the log a row, to the host and kPublished steps at a time.
 // Syncs:  the CTA, L + 2 times a step; CTAs meet in the queue's counter alone, nobody waits for another.
 // Limits: plan.fits; no window state.
 template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_kernel(GenerateCall c) {
@@ -234,13 +234,13 @@ template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_
   __syncthreads();
   for (int64_t r = warp; r < count; r += warps) {
     if (!chip.rows[r].active)
-      start_next(c, chip, s, parity, r, team, seat(r), running);
+      start_next(c, chip, s, parity, r, team, seat(r), running, -1, 0);
     else if (team.lane() == 0)
       atomicAdd(running, 1);
   }
   for (int64_t step = 0; step < c.steps; ++step, parity ^= 1) {
     __syncthreads();
-    if (running[0] == 0) break;  // the log says nothing of the steps that are left, as it was
+    if (running[0] == 0) break;
     for (int64_t layer = 0; layer < c.net.L; ++layer) {
       run_layer<Tile>(c, chip, s, layer, parity);
       __syncthreads();
@@ -248,12 +248,14 @@ template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_
     run_head<Tile>(c, chip, s, parity);
     __syncthreads();
     for (int64_t r = warp; r < count; r += warps) {
-      if (!finish_row(c, team, seat(r), scratch, step)) continue;
-      if (team.lane() == 0) atomicAdd(running, -1);
-      start_next(c, chip, s, parity ^ 1, r, team, seat(r), running);
+      if (const int32_t end = finish_row(c, team, seat(r), scratch, step)) {
+        if (team.lane() == 0) atomicAdd(running, -1);
+        start_next(c, chip, s, parity ^ 1, r, team, seat(r), running, step, end);
+      }
     }
+    if (publishes(c, step)) publish(c, step + 1);
   }
-  __syncthreads();
+  publish(c, c.steps);
   move_rows<false>(c, chip, s, parity);
 }
 

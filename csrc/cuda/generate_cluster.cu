@@ -253,7 +253,7 @@ template <class M, int row_tiles> __device__ __forceinline__ void run(const Shar
   each_row(s, [&](const auto& team, const RowSeat& seat, const DrawScratch&) {
     if (team.rank() == 0) fetch_row(s.c, seat.number, seat.row);
     team.sync();
-    return seat.row.active ? kNoRequest : claim(s.c, team, seat);
+    return seat.row.active ? kNoRequest : claim(s.c, team, seat, -1, 0);
   });
   s.meet();
   int turn = 0;
@@ -263,10 +263,13 @@ template <class M, int row_tiles> __device__ __forceinline__ void run(const Shar
     run_head<M, row_tiles>(s, s.after(turn));
     s.meet();
     each_row(s, [&](const auto& team, const RowSeat& seat, const DrawScratch& scratch) {
-      return finish_row(s.c, team, seat, scratch, step) ? claim(s.c, team, seat) : kNoRequest;
+      const int32_t end = finish_row(s.c, team, seat, scratch, step);
+      return end != 0 ? claim(s.c, team, seat, step, end) : kNoRequest;
     });
+    if (publishes(s.c, step)) publish(s.c, step + 1);
     s.meet();
   }
+  publish(s.c, s.c.steps);
   save<E>(s, turn);
 }
 

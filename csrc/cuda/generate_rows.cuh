@@ -1,5 +1,5 @@
 // What a row of a generation does between two steps, whatever computes its logits: the draw and what follows from it,
-// its entry of the log, the end of its request and the next one of the queue. A team of warps does it; all of its
+// what the host is told of it, the end of its request and the next one of the queue. A team of warps does it; all of its
 // threads call these functions together.
 #pragma once
 
@@ -52,26 +52,37 @@ __device__ inline void fetch_row(const GenerateCall& c, int64_t number, DeviceRo
   DeviceRow none{};
   none.id = kNoRequest;
   to = number < c.plan.rows ? c.rows[number] : none;
+  to.noted = 0;
   for (int32_t i = 0; i < c.stopped_count; ++i)
     if (to.active && to.q.slot == c.stopped[i]) to.active = 0;
   if (!to.active) to.id = kNoRequest;
 }
 
-// Gives a row the next request of the queue and returns its place there; below 0 where there is none. The state that it
-// starts from is the caller's to load.
-template <int Warps> __device__ int32_t claim(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat) {
+// One thread notes that a row changed hands.
+__device__ inline void note(const GenerateCall& c, const RowSeat& seat, int64_t step, int32_t end, int32_t slot) {
+  c.log.notes[seat.number * (c.log.stride + 1) + seat.row.noted++] = {static_cast<int32_t>(step), end, slot};
+}
+
+// After a step, or before the first one, -1, in which what the row ran came to `end`, gives the row the next request of
+// the queue and returns its place there; below 0 where there is none. The state that it starts from is the caller's to
+// load.
+template <int Warps>
+__device__ int32_t claim(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat, int64_t step,
+                         int32_t end) {
   const bool first = team.rank() == 0;
   DeviceRow& row = seat.row;
   uint32_t ticket = 0;  // 1 + the place
   if (first && row.id != kIdleRow) ticket = static_cast<uint32_t>(atomicAdd(c.claimed, 1)) + 1;
   const auto at = static_cast<int32_t>(team.most(ticket)) - 1;
   if (at < 0 || at >= c.queued) {
+    if (first && end != 0) note(c, seat, step, end, kNoRequest);
     if (first) row.active = 0, row.id = kIdleRow;
     team.sync();
     return kNoRequest;
   }
   const DeviceRequest& q = c.queue[at];
   if (first) {
+    note(c, seat, step, end, q.slot);
     row.q = q, row.active = 1, row.drawn = 0;
     row.starts = q.prompt_count == 0, row.read = q.prompt_count == 0 ? 0 : 1;
     row.id = q.prompt_count == 0 ? -1 : q.prompt[0];
@@ -87,15 +98,31 @@ template <int Warps> __device__ int32_t claim(const GenerateCall& c, const Team<
   return at;
 }
 
-// One thread writes what a row did in a step. All of the log is written here.
-__device__ inline void write_log(const GenerateCall& c, int64_t step, int64_t number, const LogEntry& entry) {
-  c.log[step * c.plan.rows + number] = entry;
+// Whether the host is told of the steps up to this one.
+__device__ __forceinline__ bool publishes(const GenerateCall& c, int64_t step) {
+  return (step + 1) % kPublished == 0 || step + 1 == c.steps;
 }
 
-// A row draws its next token, which the next step reads.
+// Writes a row's tokens of a step and of those before it that have not been published.
 template <int Warps>
-__device__ LogEntry draw_token(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat,
-                               const DrawScratch& scratch) {
+__device__ void write_tokens(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat, int64_t step) {
+  const int64_t at = seat.number * c.log.stride;
+  for (int64_t i = step / kPublished * kPublished + team.rank(); i <= step; i += Team<Warps>::kThreads) {
+    c.log.tokens[at + i] = seat.row.tokens[i % kPublished];
+    if (c.log.logprobs != nullptr) c.log.logprobs[at + i] = seat.row.logprobs[i % kPublished];
+  }
+}
+
+// All threads of a CTA: its rows have written all that they have to tell of `steps` steps.
+__device__ inline void publish(const GenerateCall& c, int64_t steps) {
+  __syncthreads();
+  if (threadIdx.x == 0) store_release_system(c.log.published + blockIdx.x, static_cast<int32_t>(steps));
+}
+
+// A row draws its next token, which the next step reads. Returns the end that its request comes to, or 0.
+template <int Warps>
+__device__ int32_t draw_token(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat,
+                              const DrawScratch& scratch, int64_t step) {
   DeviceRow& row = seat.row;
   const DeviceRequest& q = row.q;
   Logits x{};
@@ -119,20 +146,21 @@ __device__ LogEntry draw_token(const GenerateCall& c, const Team<Warps>& team, c
   team.sync();
   if (team.rank() == 0) {
     row.id = token;
+    row.tokens[step % kPublished] = drawn ? token : -1, row.logprobs[step % kPublished] = d.logprob;
     ++row.drawn;
     if (x.seen != nullptr && drawn) seat.seen(c)[token] = 1;
   }
   team.sync();
-  return {q.slot, drawn ? token : -1, d.logprob, end};
+  return end;
 }
 
-// What a row does when the logits of a step are there. Returns whether its request has ended.
+// What a row does when the logits of a step are there. Returns the end that its request comes to, or 0.
 template <int Warps>
-__device__ bool finish_row(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat,
+__device__ int32_t finish_row(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat,
                            const DrawScratch& scratch, int64_t step) {
   DeviceRow& row = seat.row;
   const bool first = team.rank() == 0;
-  LogEntry entry{-1, -1, 0.0f, 0};
+  int32_t end = 0;
   if (row.active) {
     const bool starts = row.starts != 0, reads = !starts && row.read < row.q.prompt_count;
     team.sync();
@@ -142,22 +170,23 @@ __device__ bool finish_row(const GenerateCall& c, const Team<Warps>& team, const
       team.sync();
     }
     if (reads) {
-      if (first) row.id = row.q.prompt[row.read++];
+      if (first) row.id = row.q.prompt[row.read++], row.tokens[step % kPublished] = -1;
     } else if (row.q.max_new_tokens == 0) {
       for (int64_t v = team.rank(); v < c.net.V; v += Team<Warps>::kThreads) row.q.read_logits[v] = seat.logits[v];
-      entry.slot = row.q.slot, entry.end = kLength;
+      if (first) row.tokens[step % kPublished] = -1;
+      end = kLength;
     } else {
       DrawScratch own = scratch;
       if (row.q.mode_of > kVotesInShared)
         own.margins = c.margins + seat.number * c.most_draws, own.drawn = c.drawn + seat.number * c.most_draws;
-      entry = draw_token(c, team, seat, own);
+      end = draw_token(c, team, seat, own, step);
     }
     team.sync();
-    if (entry.end != 0 && first) row.active = 0, row.id = kNoRequest;
+    if (end != 0 && first) row.active = 0, row.id = kNoRequest;
     team.sync();
+    if (end != 0 || publishes(c, step)) write_tokens(c, team, seat, step);
   }
-  if (first) write_log(c, step, seat.number, entry);
-  return entry.end != 0;
+  return end;
 }
 
 }  // namespace fr::cuda

@@ -76,6 +76,7 @@ template <class T> T load_acquire(const T* p, FR_PLACE) {
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 template <class T> void store_release(T* p, T value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+inline void store_release_system(int32_t* p, int32_t value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
 
 template <int Bytes> void copy_async(void* shared, const void* global) {
   cuda_on_cpu::copy_async(shared, global, Bytes);
@@ -221,6 +222,11 @@ template <class T> __device__ __forceinline__ void store_release(T* p, T value) 
     asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(reinterpret_cast<uint32_t&>(value)) : "memory");
   else
     asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(reinterpret_cast<uint64_t&>(value)) : "memory");
+}
+
+// Ordered among all threads of the GPU and of the host.
+__device__ __forceinline__ void store_release_system(int32_t* p, int32_t value) {
+  asm volatile("st.release.sys.global.b32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
 // Copies 4, 8 or 16 bytes, aligned to that, while the thread goes on; commit closes a group, wait<n> lets at most the

@@ -2,6 +2,7 @@
 // bit for bit, however the steps are sliced and whatever runs beside a row.
 #include <array>
 #include <cmath>
+#include <map>
 
 #include "../../csrc/cpu/row_states.h"
 #include "../../csrc/cpu/session.h"
@@ -43,6 +44,41 @@ void test_reading(Cell cell, Precision precision) {
   const FromState requests(*net, 9);
   fr::cuda::Session one(net, 4, nullptr), other(net, 3, nullptr);
   check_same(run(one, requests.ids, 0, 50), run(other, requests.state, 3, 50));
+}
+
+// The host reads what a kernel has published while it runs: each token once, in its order, and none before it is there.
+void test_streaming(Cell cell) {
+  const Model model(cell, 2, 9, 21, 5, 14);
+  const std::shared_ptr<fr::cuda::PackedNetwork> net = fr::cuda::pack_network(model.weights, Precision::float32, 0);
+  Requests requests = many_requests(14, 21, 0);
+  for (auto& q : requests) q.max_new_tokens += 150;
+  fr::cuda::Session whole(net, 5, nullptr);
+  const Results expected = run(whole, requests, 0, requests.size());
+  cuda_on_cpu::options.beside = true;
+  Results results;
+  std::map<int64_t, std::vector<int32_t>> streamed;
+  int64_t early = 0;
+  {
+    fr::cuda::Session session(net, 5, nullptr);
+    size_t added = 0;
+    for (int turns = 0; results.size() < requests.size(); ++turns) {
+      CHECK(turns < 1'000'000);
+      if (added < requests.size() && session.queued() < 3) session.add(requests[added++]);
+      session.run(1000, 0, added < requests.size(), true);
+      const std::vector<fr::TokenEvent> events = session.take_events();
+      early += cuda_on_cpu::is_busy() && !events.empty();
+      for (const fr::TokenEvent& e : events) streamed[e.index].push_back(static_cast<int32_t>(e.token));
+      for (fr::GenerationResult& r : session.take_results()) results.emplace(r.index, std::move(r));
+    }
+    CHECK(session.running() == 0 && session.queued() == 0);
+    session.add(requests[0]);
+    session.run(0, 0, false, true);  // a session may go away while its kernel runs
+  }
+  cuda_on_cpu::wait_for_kernel();
+  cuda_on_cpu::options.beside = false;
+  CHECK(early > 0);
+  check_same(expected, results);
+  for (const auto& [index, r] : results) CHECK(streamed[index] == r.tokens);
 }
 
 void test_stop() {
@@ -98,6 +134,7 @@ void test_plans() {
 }  // namespace
 
 int main(int, char** arguments) {
+
   const bool few = arguments[1] != nullptr;  // for a sanitizer that is slow
   fr::set_cpu_isa("avx2");
   test_plans();
@@ -110,6 +147,7 @@ int main(int, char** arguments) {
       test_network(cell, precision, 1, 12, 300, 5, true);
       test_reading(cell, precision);
     }
+  test_streaming(Cell::lstm);
   test_stop();
   std::printf("generation on csrc/cuda: the bits of csrc/cpu holds\n");
 }

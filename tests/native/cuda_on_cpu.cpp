@@ -6,10 +6,12 @@
 #include "cuda_on_cpu_stacks.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -275,24 +277,51 @@ const Thread& self() { return running->self; }
 
 void fail(const char* what) { fail(what, running); }
 
-cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
-                   const std::function<void()>& body) {
-  const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
-  const size_t size = cooperative ? blocks : size_t{cluster.x} * cluster.y * cluster.z;
-  if (running || blocks == 0 || threads == 0 || threads > 1024 || shared_bytes > kSharedBytes || blocks % size)
-    return cudaErrorInvalidConfiguration;
+namespace {
+
+void run_grid(dim3 grid, dim3 block, size_t gang_blocks, size_t shared_bytes, bool cooperative,
+              const std::function<void()>& body) {
+  const size_t blocks = size_t{grid.x} * grid.y * grid.z;
   std::vector<size_t> first;
-  for (size_t i = 0; i < blocks; i += size) first.push_back(i);
+  for (size_t i = 0; i < blocks; i += gang_blocks) first.push_back(i);
   std::mt19937_64 random(options.seed);
   arrange(first, random);
   for (const size_t at : first) {
-    Gang gang{cooperative, &body, std::vector<Block>(size), {}, {}, {}};
-    for (size_t i = 0; i < size; ++i) {
+    Gang gang{cooperative, &body, std::vector<Block>(gang_blocks), {}, {}, {}};
+    for (size_t i = 0; i < gang_blocks; ++i) {
       const auto n = static_cast<unsigned>(at + i);
       gang.blocks[i].index = {n % grid.x, n / grid.x % grid.y, n / (grid.x * grid.y)};
     }
     run(gang, grid, block, shared_bytes, random);
   }
+}
+
+std::thread beside;  // the kernel that runs beside the host
+std::atomic<bool> busy;
+
+}  // namespace
+
+bool is_busy() { return busy.load(std::memory_order_acquire); }
+void wait_for_kernel() {
+  if (beside.joinable()) beside.join();
+}
+
+cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
+                   const std::function<void()>& body) {
+  wait_for_kernel();
+  const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
+  const size_t size = cooperative ? blocks : size_t{cluster.x} * cluster.y * cluster.z;
+  if (running || blocks == 0 || threads == 0 || threads > 1024 || shared_bytes > kSharedBytes || blocks % size)
+    return cudaErrorInvalidConfiguration;
+  if (!options.beside) {
+    run_grid(grid, block, size, shared_bytes, cooperative, body);
+    return cudaSuccess;
+  }
+  busy = true;
+  beside = std::thread([=] {
+    run_grid(grid, block, size, shared_bytes, cooperative, body);
+    busy.store(false, std::memory_order_release);
+  });
   return cudaSuccess;
 }
 

@@ -28,6 +28,7 @@ enum class Order { forward, backward, shuffled };
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 0;
+  bool beside = false;  // a kernel runs beside the host, which waits for it where a stream's order asks for it
 };
 inline Options options;
 
@@ -50,6 +51,9 @@ const Thread& self();
 cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
                    const std::function<void()>& body);
 [[noreturn]] void fail(const char* what);
+// Whether a kernel runs beside the host, and until none does.
+bool is_busy();
+void wait_for_kernel();
 
 void block_barrier(Place place);
 void cluster_arrive(Place place);
