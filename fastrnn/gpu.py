@@ -39,7 +39,7 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
     if call.op == "sample":
         return ("cuda", "one CUDA kernel reads the logits and draws"), ("triton", "one launch or two a draw"), last
     if call.op == "generate":
-        within = ("cuda", "the whole loop in one launch, each multiprocessor with a network of its own")
+        within = ("cuda", "the whole loop in one launch, each multiprocessor or cluster of them with a whole network")
         graphs = ("triton", "the whole loop runs on the GPU, many tokens a CUDA graph")
         return within, graphs, ("reference", "the loop in Python takes every network")
     if call.op.partition("_")[2]:
@@ -125,7 +125,7 @@ def refuse_cuda(call: Call) -> str | None:
 
 
 def _refuse_cuda_loop(call: Call) -> str | None:
-    """Why the loop in one launch, which keeps a network in one multiprocessor, does not take a call."""
+    """Why the loop in one launch, with a network in a multiprocessor or a cluster of them, does not take a call."""
     if call.dtype != torch.float32:
         return f"the loop in CUDA packs float32 networks, this one is {str(call.dtype).removeprefix('torch.')}"
     if call.precision == "int8":
@@ -133,10 +133,15 @@ def _refuse_cuda_loop(call: Call) -> str | None:
     if call.window:
         return "the loop in CUDA carries its state from token to token; this network runs a window of ids for each"
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin - BLOCKS_OWN_BYTES
+    cluster = largest_cluster(torch.cuda.current_device())
     refusal = native("fastrnn_cuda", "generator_refusal")
-    if needed := refusal(call.cell, call.precision, call.layers, call.hidden, call.vocabulary, shared):
-        return f"the network needs {needed} bytes of the {shared} that one multiprocessor of this GPU has"
-    return None
+    return refusal(call.cell, call.precision, call.layers, call.hidden, call.vocabulary, shared, cluster) or None
+
+
+@functools.cache
+def largest_cluster(device: int) -> int:
+    """How many multiprocessors of a GPU can share a network, each with all of its shared memory."""
+    return native("fastrnn_cuda", "generator_largest_cluster")(device)
 
 
 def load_cuda(op: str) -> Callable:

@@ -18,6 +18,12 @@ from fastrnn.sampling import SamplingParams
 CALL = backends.Call("generate", "cuda", torch.float32, 1, 1, 65, 64, precision="float32", cell="lstm", vocabulary=65)
 
 
+needs_clusters = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a GPU with clusters of multiprocessors, compute capability 9.0 or newer",
+)
+
+
 def make(device: str = "cpu", **options) -> Network:
     torch.manual_seed(1)
     config = {"vocab_size": 13, "hidden_size": 24, "num_layers": 2, "cell": "lstm", **options}
@@ -40,6 +46,25 @@ def run(network: Network, asked: list[Request], **options) -> list[Completion]:
         return sorted(generate(network, asked, **options), key=lambda c: c.index)
 
 
+def check_log_probabilities(network: Network, asked: list[Request], done: list[Completion]) -> None:
+    """Those of the tokens that were drawn, against the network in float64."""
+
+    def replay(dtype: torch.dtype) -> torch.Tensor:
+        copy = Network(network.config, dtype=dtype)
+        copy.load_state_dict(network.state_dict())
+        parts = []
+        for request, completion in zip(asked, done):
+            tokens = torch.tensor(completion.token_ids)
+            logits, _ = copy(torch.cat([torch.as_tensor(request.prompt), tokens])[None, :-1])
+            own = logits[0, -len(tokens) :].log_softmax(-1)
+            parts.append(own.gather(-1, tokens[:, None])[:, 0])
+        return torch.cat(parts).detach()
+
+    actual = torch.cat([torch.tensor(completion.logprobs) for completion in done])
+    with backends.backend("reference"):
+        oracle.assert_close(actual, replay(torch.float64), replay(torch.float32))
+
+
 @pytest.mark.parametrize("op", ["sample", "generate"])
 def test_tensors_on_the_cpu_are_refused(op: str) -> None:
     refusal = backends.TABLE["cuda"].refuse(CALL._replace(op=op, device="cpu"))
@@ -57,14 +82,18 @@ def test_a_machine_that_lacks_something_says_what() -> None:
 
 @pytest.mark.skipif("FASTRNN_CUDA" in (backends.available()["cuda"] or ""), reason="needs FASTRNN_CUDA=1 when building")
 @pytest.mark.skipif(extension_missing() is not None, reason="needs the C++ extension (make build)")
-def test_what_does_not_fit_one_multiprocessor_is_known_without_a_gpu() -> None:
+def test_what_does_not_fit_is_known_without_a_gpu() -> None:
     refusal = torch.ops.fastrnn_cuda.generator_refusal
-    hopper = (227 << 10) - 1024
+    hopper, ampere = (227 << 10) - 1024, (163 << 10) - 1024
     for cell, precision, layers, hidden, vocabulary in [
         ("gru", "float32", 1, 32, 64), ("lstm", "float32", 1, 64, 82), ("lstm", "bfloat16", 1, 128, 65)
     ]:  # fmt: skip
-        assert refusal(cell, precision, layers, hidden, vocabulary, hopper) == ""
-    assert int(refusal("lstm", "bfloat16", 4, 256, 65, hopper)) > 4 << 20
+        assert refusal(cell, precision, layers, hidden, vocabulary, hopper, 1) == ""
+    for layers, hidden, vocabulary in [(4, 256, 65), (1, 128, 10_000)]:
+        assert refusal("lstm", "bfloat16", layers, hidden, vocabulary, hopper, 16) == ""
+        assert "bytes in one multiprocessor" in refusal("lstm", "bfloat16", layers, hidden, vocabulary, ampere, 1)
+        assert "bytes in each of 16 multip" in refusal("lstm", "float32", layers, hidden, vocabulary, hopper, 16)
+    assert "the Triton loop takes it" in refusal("lstm", "bfloat16", 3, 512, 128, hopper, 16)
 
 
 @pytest.mark.gpu
@@ -94,28 +123,44 @@ def test_a_request_is_the_same_alone_and_in_any_company(cell: str, dtype: torch.
     assert run(network, asked, batch_size=7, dtype=dtype, on_token=lambda index, token: None) == alone
 
 
+# Networks that no multiprocessor of an H100 holds, but some together do.
+LARGE = {
+    "gru": {"cell": "gru", "hidden_size": 130, "vocab_size": 65, "num_layers": 2, "dtype": torch.bfloat16},
+    "float32": {"cell": "lstm", "hidden_size": 128, "vocab_size": 65, "num_layers": 1, "dtype": torch.float32},
+    "lstm": {"cell": "lstm", "hidden_size": 250, "vocab_size": 70, "num_layers": 2, "dtype": torch.bfloat16},
+    "words": {"cell": "lstm", "hidden_size": 100, "vocab_size": 5000, "num_layers": 1, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.gpu
+@needs_clusters
+@pytest.mark.parametrize("name", LARGE)
+def test_a_network_in_a_cluster_gives_a_request_the_same_in_any_company(name: str) -> None:
+    options = dict(LARGE[name])
+    dtype, vocabulary = options.pop("dtype"), options["vocab_size"]
+    network = make("cuda", **options)
+    asked = requests(60, vocabulary)
+    alone = run(network, asked, batch_size=1, dtype=dtype)
+    assert run(network, asked, batch_size=2000, dtype=dtype) == alone
+    assert run(network, asked, batch_size=7, dtype=dtype, on_token=lambda index, token: None) == alone
+
+
+@pytest.mark.gpu
+@needs_clusters
+@pytest.mark.parametrize("cell", CELLS)
+def test_log_probabilities_of_a_cluster_are_those_of_the_network(cell: str) -> None:
+    network = make("cuda", cell=cell, hidden_size=128, num_layers=2 if cell == "lstm" else 4)
+    asked = requests(20)
+    check_log_probabilities(network, asked, run(network, asked, batch_size=8))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_log_probabilities_are_those_of_the_network(cell: str, kind: str) -> None:
     network = make("cuda", cell=cell, input=kind)
     asked = requests(20)
-    done = run(network, asked, batch_size=8)
-
-    def replay(dtype: torch.dtype) -> torch.Tensor:
-        copy = Network(network.config, dtype=dtype)
-        copy.load_state_dict(network.state_dict())
-        parts = []
-        for request, completion in zip(asked, done):
-            tokens = torch.tensor(completion.token_ids)
-            logits, _ = copy(torch.cat([torch.as_tensor(request.prompt), tokens])[None, :-1])
-            own = logits[0, -len(tokens) :].log_softmax(-1)
-            parts.append(own.gather(-1, tokens[:, None])[:, 0])
-        return torch.cat(parts).detach()
-
-    actual = torch.cat([torch.tensor(completion.logprobs) for completion in done])
-    with backends.backend("reference"):
-        oracle.assert_close(actual, replay(torch.float64), replay(torch.float32))
+    check_log_probabilities(network, asked, run(network, asked, batch_size=8))
 
 
 @pytest.mark.gpu

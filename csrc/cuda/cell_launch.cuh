@@ -14,24 +14,10 @@ inline dim3 grid_of(int64_t n) { return dim3(static_cast<unsigned>(n)); }
 
 // Where a cluster does not fit beside what else the device runs, a smaller one is tried, and then a launch a step.
 template <class Kernel> bool fits(Kernel kernel, const Plan& plan) {
-#ifndef FR_CUDA_ON_CPU
-  if (plan.cluster > 8) {  // more than every device of clusters can run
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid_of(plan.cluster), config.blockDim = grid_of(32 * plan.warps);
-    config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes), config.attrs = &attribute, config.numAttrs = 1;
-    const void* function = reinterpret_cast<const void*>(kernel);
-    int clusters = 0;
-    const bool asked =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) == cudaSuccess &&
-        cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
-    if (!asked) cudaGetLastError();
-    return asked && clusters > 0;
-  }
-#endif
+  constexpr int64_t on_every_device = 8;  // of those that have clusters
+  if (plan.cluster > on_every_device)
+    return clusters_at_once(kernel, static_cast<unsigned>(plan.cluster), static_cast<unsigned>(32 * plan.warps),
+                            static_cast<size_t>(plan.shared_bytes)) > 0;
   return kernel && plan.resident;
 }
 

@@ -108,24 +108,6 @@ template <Mma kind> FR_DEVICE void mma(float (&sum)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// The two halves of cluster_sync: what a thread has written before it arrives, the threads of the cluster see after
-// they have waited.
-#ifdef FR_CUDA_ON_CPU
-inline void cluster_arrive() {}
-inline void cluster_wait() { cluster_sync(); }
-#else
-FR_DEVICE void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-FR_DEVICE void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-#endif
-
 // A precision: its number E, how a factor of a product is rounded, and whether tensor cores multiply.
 template <Precision p> struct Numbers {
   using E = float;

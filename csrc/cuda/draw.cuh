@@ -1,6 +1,6 @@
 // The draw of one row of logits by a team of warps: fastrnn/reference_sample.py's definition through ../sampling.h, bit
-// for bit. sample.cu draws the rows of a matrix with it, generate.cu those of a step; logits may be in shared or global
-// memory.
+// for bit. sample.cu draws the rows of a matrix with it, generate_rows.cuh those of a step; logits may be in shared or
+// global memory.
 #pragma once
 
 #include "team.cuh"

@@ -1,22 +1,20 @@
-// K1: a CTA owns some sequences and the whole network, and runs many steps of all of them in one launch: cells, head,
-// draw, feedback, the end of a request and the start of the next one of the queue.
+// K1: a CTA owns some sequences and the whole network (generate_cluster.cu has the larger ones), and runs many steps of
+// all of them in one launch: cells, head, draw, feedback, the end of a request and the start of the next one of the
+// queue.
 //
 // A sum is one chain of fma in the order of k, started from the table's row or the bias: the order of csrc/cpu, whose
 // bits these are where its elementary functions are cell_math.h's own. A row's numbers depend on nothing but the row.
 #include "generate.h"
 
-#include "draw.cuh"
-#include "../cell_math.h"
+#include "generate_rows.cuh"
 
 namespace fr::cuda {
 namespace {
 
-enum EndOf : int32_t { kLength = 1, kEos = 2, kError = 3 };  // 1 + fr::Finish
-
 // A CTA's view of its memory.
 struct Chip {
   const uint32_t* weights;
-  const float* table;
+  const float *floats, *table;
   float *h, *carry, *logits;
   DeviceRow* rows;
   int64_t layer_floats;  // of h: one parity of one layer
@@ -66,21 +64,6 @@ __device__ __forceinline__ void product(const uint32_t* w, int64_t words, int64_
   }
 }
 
-// The state of one unit of a row from its pre-activations; `carried` is updated.
-template <CellKind C, int Gates>
-__device__ __forceinline__ float new_state(const float (&p)[Gates], float xn, bool relu, float& carried) {
-  if constexpr (C == CellKind::lstm) {
-    const LstmStep<float> s = lstm_step(p[0], p[1], p[2], p[3], carried);
-    carried = s.c;
-    return s.m;
-  } else if constexpr (C == CellKind::gru) {
-    carried = gru_step(p[0], p[1], xn, p[2], carried).h;
-    return carried;
-  } else {
-    return rnn_step(p[0], relu);
-  }
-}
-
 // One step of a layer for Tile rows and unit u of each.
 template <CellKind C, int PerWord, int Tile>
 __device__ __forceinline__ void layer_item(const GenerateCall& c, const Chip& chip, const SharedLayout& s,
@@ -91,7 +74,7 @@ __device__ __forceinline__ void layer_item(const GenerateCall& c, const Chip& ch
 #pragma unroll
   for (int r = 0; r < Tile; ++r) {
     const int32_t id = chip.rows[first + r].id;
-    const float* from = reinterpret_cast<const float*>(chip.weights + bias_at(c.net, layer));
+    const float* from = chip.floats + bias_in(c.net, layer);
     if (layer == 0) from = chip.table + (id < 0 ? 0 : id) * Gates * units;
 #pragma unroll
     for (int g = 0; g < Gates; ++g) acc[g][r] = from[g * units + u];
@@ -100,7 +83,7 @@ __device__ __forceinline__ void layer_item(const GenerateCall& c, const Chip& ch
     product<PerWord, Gates, Tile>(chip.weights + input_at(c.net, layer) + u, words, units,
                                   chip.h_of(layer - 1, parity ^ 1) + first, s.pitch, acc);
   if constexpr (C == CellKind::gru) {
-    const float q = reinterpret_cast<const float*>(chip.weights + bias_q_at(c.net, layer))[u];
+    const float q = chip.floats[bias_q_in(c.net, layer) + u];
 #pragma unroll
     for (int r = 0; r < Tile; ++r) xn[r] = acc[2][r], acc[2][r] = q;
   }
@@ -125,7 +108,7 @@ template <int PerWord, int Tile>
 __device__ __forceinline__ void head_item(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity,
                                           int64_t column, int64_t first) {
   float acc[1][Tile];
-  const float bias = reinterpret_cast<const float*>(chip.weights + head_bias_at(c.net))[column];
+  const float bias = chip.floats[head_bias_in(c.net) + column];
 #pragma unroll
   for (int r = 0; r < Tile; ++r) acc[0][r] = bias;
   product<PerWord, 1, Tile>(chip.weights + head_at(c.net) + column, k_words(c.net), columns_of(c.net),
@@ -134,28 +117,15 @@ __device__ __forceinline__ void head_item(const GenerateCall& c, const Chip& chi
   for (int r = 0; r < Tile; ++r) chip.logits[(first + r) * s.logits_row + column] = acc[0][r];
 }
 
-// A warp gives row r the next request of the queue, if there is one; its state goes where the next step reads it.
-__device__ void claim(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity, int64_t r,
-                      uint8_t* seen, int32_t* running) {
-  const int lane = Team<1>::lane();
-  DeviceRow& row = chip.rows[r];
-  int32_t at = c.queued;
-  if (lane == 0 && row.id != -2) at = atomicAdd(c.claimed, 1);
-  at = __shfl_sync(kAllLanes, at, 0);
-  if (at >= c.queued) {  // the queue does not grow within a launch: -2 says not to ask again
-    if (lane == 0) row.active = 0, row.id = -2;
-    __syncwarp();
-    return;
-  }
-  const DeviceRequest q = c.queue[at];
-  if (lane == 0) {
-    row.q = q, row.active = 1, row.drawn = 0;
-    row.starts = q.prompt_count == 0, row.read = q.prompt_count == 0 ? 0 : 1;
-    row.id = q.prompt_count == 0 ? -1 : q.prompt[0];
-    atomicAdd(running, 1);
-  }
+// A warp gives a row the next request of the queue, if there is one; its state goes where the next step reads it.
+__device__ void start_next(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity, int64_t r,
+                           const Team<1>& team, const RowSeat& seat, int32_t* running, int64_t step, int32_t end) {
+  const int32_t at = claim(c, team, seat, step, end);
+  if (at < 0) return;
+  if (team.lane() == 0) atomicAdd(running, 1);
+  const DeviceRequest& q = c.queue[at];
   const int64_t units = units_of(c.net), H = c.net.H;
-  for (int64_t i = lane; i < c.net.L * H; i += 32) {
+  for (int64_t i = team.lane(); i < c.net.L * H; i += 32) {
     const int64_t layer = i / H, u = i % H;
     const float h = q.start_h == nullptr ? 0.0f : q.start_h[i];
     const bool rounds = c.net.per_word == 2;
@@ -163,85 +133,7 @@ __device__ void claim(const GenerateCall& c, const Chip& chip, const SharedLayou
     if (c.net.carries)
       chip.carry[(layer * c.plan.block_rows + r) * units + u] = q.start_c == nullptr ? h : q.start_c[i];
   }
-  if (q.penalty != 1.0f) {
-    for (int64_t v = lane; v < c.net.V; v += 32) seen[v] = q.start_seen == nullptr ? 0 : q.start_seen[v];
-    __syncwarp();
-    for (int32_t i = lane; i < q.prompt_count; i += 32) seen[q.prompt[i]] = 1;
-  }
   __syncwarp();
-}
-
-// The draw of row r by a warp, and what follows from it. Returns whether the request has ended.
-__device__ bool draw_token(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int64_t r, uint8_t* seen,
-                           const DrawScratch& scratch, uint64_t* slots, LogEntry& entry) {
-  DeviceRow& row = chip.rows[r];
-  const DeviceRequest& q = row.q;
-  Logits x{};
-  x.x = chip.logits + r * s.logits_row, x.V = c.net.V;
-  x.seen = q.penalty == 1.0f ? nullptr : seen, x.penalty = q.penalty, x.inverse_penalty = q.inverse_penalty;
-  const DrawNumbers numbers{q.scale,
-                            q.min_p,
-                            q.top_k,
-                            q.top_p,
-                            static_cast<uint64_t>(q.seed),
-                            static_cast<uint64_t>(q.sequence),
-                            static_cast<uint32_t>(row.drawn),
-                            q.mode_of,
-                            q.logprobs != 0};
-  const Drawn d = draw_row(Team<1>{slots}, x, numbers, scratch);
-  const auto token = static_cast<int32_t>(d.token);
-  bool is_eos = false;
-  for (int32_t i = 0; i < q.eos_count; ++i) is_eos = is_eos || q.eos[i] == token;
-  const bool last = row.drawn + 1 >= q.max_new_tokens;
-  entry.slot = q.slot, entry.token = d.status == draw::kOk ? token : -1, entry.logprob = d.logprob;
-  entry.end = d.status != draw::kOk ? kError + 16 * d.status : is_eos ? kEos : last ? kLength : 0;
-  __syncwarp();
-  if (Team<1>::lane() == 0) {
-    row.id = token;
-    ++row.drawn;
-    if (x.seen != nullptr && d.status == draw::kOk) seen[token] = 1;
-  }
-  __syncwarp();
-  return entry.end != 0;
-}
-
-// What a warp does with row r when its logits are there.
-__device__ void finish_row(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity, int64_t step,
-                           int64_t r, const DrawScratch& scratch, uint64_t* slots, int32_t* running) {
-  const int64_t global = static_cast<int64_t>(blockIdx.x) * c.plan.block_rows + r;
-  if (global >= c.plan.rows) return;
-  const int lane = Team<1>::lane();
-  DeviceRow& row = chip.rows[r];
-  uint8_t* seen = c.seen + global * c.net.V;
-  float* logits = chip.logits + r * s.logits_row;
-  LogEntry entry{-1, -1, 0.0f, 0};
-  bool over = false;
-  if (row.active) {
-    const bool starts = row.starts != 0, reads = !starts && row.read < row.q.prompt_count;
-    __syncwarp();
-    if (starts) {
-      for (int64_t v = lane; v < c.net.V; v += 32) logits[v] = row.q.start_logits[v];
-      if (lane == 0) row.starts = 0;
-      __syncwarp();
-    }
-    if (reads) {
-      if (lane == 0) row.id = row.q.prompt[row.read++];
-    } else if (row.q.max_new_tokens == 0) {
-      for (int64_t v = lane; v < c.net.V; v += 32) row.q.read_logits[v] = logits[v];
-      entry.slot = row.q.slot, entry.end = kLength;
-      over = true;
-    } else {
-      DrawScratch own = scratch;
-      if (row.q.mode_of > kVotesInShared)
-        own.margins = c.margins + global * c.most_draws, own.drawn = c.drawn + global * c.most_draws;
-      over = draw_token(c, chip, s, r, seen, own, slots, entry);
-    }
-    __syncwarp();
-    if (over && lane == 0) row.active = 0, row.id = -1, atomicAdd(running, -1);
-    __syncwarp();
-    if (over) claim(c, chip, s, parity, r, seen, running);
-  }
-  if (lane == 0) c.log[step * c.plan.rows + global] = entry;
 }
 
 // Moves the rows of a CTA between the GPU's memory and the chip.
@@ -251,12 +143,7 @@ __device__ void move_rows(const GenerateCall& c, const Chip& chip, const SharedL
   const int64_t left = c.plan.rows - begin, count = left < c.plan.block_rows ? left : c.plan.block_rows;
   for (int64_t r = threadIdx.x; r < c.plan.block_rows; r += blockDim.x) {
     if (In) {
-      DeviceRow none{};
-      none.id = -1;
-      chip.rows[r] = r < count ? c.rows[begin + r] : none;
-      for (int32_t i = 0; i < c.stopped_count; ++i)
-        if (chip.rows[r].active && chip.rows[r].q.slot == c.stopped[i]) chip.rows[r].active = 0;
-      if (!chip.rows[r].active) chip.rows[r].id = -1;
+      fetch_row(c, begin + r, chip.rows[r]);
     } else if (r < count) {
       c.rows[begin + r] = chip.rows[r];
     }
@@ -311,7 +198,7 @@ __device__ __forceinline__ void run_head(const GenerateCall& c, const Chip& chip
 // Owns:   plan.block_rows sequences from their state to their state, and their entries of the log.
 // Keeps:  the weights, the table where it fits, h, c and the logits in shared memory; sums and masses in registers.
 // Moves:  the weights once a launch; a step reads Gates * units floats of the table a row where that is not on the chip
-//         and writes 16 bytes of the log a row.
+//         and writes 4 or 8 bytes of the log a row, to the host and kPublished steps at a time.
 // Syncs:  the CTA, L + 2 times a step; CTAs meet in the queue's counter alone, nobody waits for another.
 // Limits: plan.fits; no window state.
 template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_kernel(GenerateCall c) {
@@ -321,17 +208,19 @@ template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_
   Chip chip{};
   chip.layer_floats = k_words(c.net) * c.net.per_word * s.pitch;
   chip.weights = reinterpret_cast<const uint32_t*>(memory);
+  chip.floats = reinterpret_cast<const float*>(chip.weights + floats_at(c.net));
   chip.table = reinterpret_cast<const float*>((c.plan.table_on_chip ? chip.weights : c.blob) + table_at(c.net));
   chip.h = reinterpret_cast<float*>(memory + s.h), chip.carry = reinterpret_cast<float*>(memory + s.carry);
   chip.logits = reinterpret_cast<float*>(memory + s.logits);
   chip.rows = reinterpret_cast<DeviceRow*>(memory + s.rows);
   const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
-  const int64_t tiles = (c.net.V + kTile - 1) / kTile;
-  const DrawScratch scratch{reinterpret_cast<uint32_t*>(memory + s.largest) + warp * tiles,
-                            reinterpret_cast<uint64_t*>(memory + s.mass) + warp * tiles,
-                            reinterpret_cast<int32_t*>(memory + s.drawn) + warp * kVotesInShared,
-                            reinterpret_cast<double*>(memory + s.margins) + warp * kVotesInShared};
-  uint64_t* const slots = reinterpret_cast<uint64_t*>(memory + s.slots) + warp;
+  const DrawScratch scratch = scratch_of(memory, s.draw, c.net, warp);
+  const Team<1> team{reinterpret_cast<uint64_t*>(memory + s.draw.slots) + warp};
+  const auto seat = [&](int64_t r) {
+    return RowSeat{chip.rows[r], blockIdx.x * c.plan.block_rows + r, chip.logits + r * s.logits_row};
+  };
+  const int64_t left = c.plan.rows - blockIdx.x * c.plan.block_rows;
+  const int64_t count = left < c.plan.block_rows ? left : c.plan.block_rows;
 
   const int64_t words = c.plan.table_on_chip ? blob_words(c.net) : table_at(c.net);
   for (int64_t i = threadIdx.x; i < words; i += blockDim.x) reinterpret_cast<uint32_t*>(memory)[i] = c.blob[i];
@@ -343,33 +232,37 @@ template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_
   int parity = 0;
   move_rows<true>(c, chip, s, parity);
   __syncthreads();
-  for (int64_t r = warp; r < c.plan.block_rows; r += warps) {
-    const int64_t global = static_cast<int64_t>(blockIdx.x) * c.plan.block_rows + r;
-    if (global >= c.plan.rows) continue;
+  for (int64_t r = warp; r < count; r += warps) {
     if (!chip.rows[r].active)
-      claim(c, chip, s, parity, r, c.seen + global * c.net.V, running);
-    else if (Team<1>::lane() == 0)
+      start_next(c, chip, s, parity, r, team, seat(r), running, -1, 0);
+    else if (team.lane() == 0)
       atomicAdd(running, 1);
   }
   for (int64_t step = 0; step < c.steps; ++step, parity ^= 1) {
     __syncthreads();
-    if (running[0] == 0) break;  // the log says nothing of the steps that are left, as it was
+    if (running[0] == 0) break;
     for (int64_t layer = 0; layer < c.net.L; ++layer) {
       run_layer<Tile>(c, chip, s, layer, parity);
       __syncthreads();
     }
     run_head<Tile>(c, chip, s, parity);
     __syncthreads();
-    for (int64_t r = warp; r < c.plan.block_rows; r += warps)
-      finish_row(c, chip, s, parity ^ 1, step, r, scratch, slots, running);
+    for (int64_t r = warp; r < count; r += warps) {
+      if (const int32_t end = finish_row(c, team, seat(r), scratch, step)) {
+        if (team.lane() == 0) atomicAdd(running, -1);
+        start_next(c, chip, s, parity ^ 1, r, team, seat(r), running, step, end);
+      }
+    }
+    if (publishes(c, step)) publish(c, step + 1);
   }
-  __syncthreads();
+  publish(c, c.steps);
   move_rows<false>(c, chip, s, parity);
 }
 
 }  // namespace
 
 int generate(const GenerateCall& c, void* stream) {
+  if (c.plan.cluster > 0) return generate_clustered(c, stream);
   const auto run = [&](auto kernel) {
     return FR_LAUNCH(kernel, static_cast<unsigned>(c.plan.blocks), static_cast<unsigned>(c.plan.threads),
                      static_cast<size_t>(c.plan.shared_bytes), static_cast<cudaStream_t>(stream), c);

@@ -1,9 +1,10 @@
-// A generation on a GPU: what generate.cu runs, in terms of the GPU's memory. generate_session.h feeds it.
+// A generation on a GPU: what generate.cu and generate_cluster.cu run, in terms of the GPU's memory. generate_session.h
+// feeds it.
 #pragma once
 
 #include <cstdint>
 
-#include "generate_plan.h"
+#include "generate_cluster_plan.h"
 
 namespace fr::cuda {
 
@@ -29,15 +30,26 @@ struct DeviceRow {
   int32_t read;    // ids of the prompt that have been read or are about to be
   int32_t starts;  // the next draw is from start_logits
   int64_t drawn;
+  int32_t noted;                // notes of the launch
+  int32_t tokens[kPublished];   // of the steps since the last that were published, by their place among so many
+  float logprobs[kPublished];
 };
 static_assert(sizeof(DeviceRow) <= kRowBytes);
 
-// What a row did in a step. end: 0, or 1 + fr::Finish + 16 * status.
-struct LogEntry {
-  int32_t slot;   // -1: nothing
-  int32_t token;  // -1: none
-  float logprob;
-  int32_t end;
+// A row changed hands after a step, or before the first one, -1.
+struct alignas(16) Note {
+  int32_t step;
+  int32_t end;   // of what it ran: 0 if it ran nothing, or 1 + fr::Finish + 16 * status
+  int32_t slot;  // of what it runs from now on, or -1
+};
+
+// What a launch tells the host, in memory of the host, which reads what is published while the launch goes on.
+struct Log {
+  int64_t stride;      // steps of a launch at most
+  int32_t* tokens;     // (plan.rows, stride) of each step: drawn, or -1; of a row that runs nothing anything
+  float* logprobs;     // as tokens, or null where nobody asks
+  Note* notes;         // (plan.rows, stride + 1) a row's, one after the other
+  int32_t* published;  // (plan.blocks,) the steps of which each CTA's rows have told everything
 };
 
 enum class CellKind { lstm, gru, rnn };
@@ -57,13 +69,18 @@ struct GenerateCall {
   DeviceRow* rows;     // in out (plan.rows,)
   float* state;        // in out (plan.rows, L, 2, H): h and what is carried
   uint8_t* seen;       // in out (plan.rows, V)
-  LogEntry* log;       // out (steps, plan.rows)
+  Log log;             // out
   int64_t most_draws;  // of a vote
   double* margins;     // scratch (plan.rows, most_draws) where that is more than kVotesInShared, as is
   int32_t* drawn;      // (plan.rows, most_draws)
+  float* logits;       // scratch (plan.rows, columns) of a cluster that has them not on the chip
 };
 
 // Begins `steps` steps of all rows on a stream (a cudaStream_t); the launch's cudaError_t.
 int generate(const GenerateCall& call, void* stream);
+// The same where the plan has a cluster, in generate_cluster.cu.
+int generate_clustered(const GenerateCall& call, void* stream);
+// How many clusters of so many CTAs, each with so much shared memory, the current device runs at once; 0: none.
+int64_t generate_clusters_at_once(int64_t cluster, int64_t shared_bytes);
 
 }  // namespace fr::cuda

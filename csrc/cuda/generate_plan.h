@@ -1,10 +1,11 @@
-// Where everything of a generation on one CTA lies, and whether it fits: pure functions of sizes, for host and device.
+// Where everything of a generation lies that has one CTA to itself, and whether it fits; generate_cluster_plan.h is
+// about clusters and says which of the two runs. Pure functions of sizes, for host and device.
 //
-// The weights of a network are one blob of 32-bit words, a float or two bf16 (of neighbouring k, the lower one in the
-// lower half) each: for every layer its input's matrix (but the first's) and its hidden one, (words of k, gates,
-// units); the head's (words of k, columns); then floats: for every layer bias (gates, units) and bias_q (units,), the
-// head's bias (columns,), and the table (V, gates, units) of the first layer's products. Units are H rounded up to
-// whole warps, columns V so; what is beyond is 0.
+// The weights of a network are one blob of 32-bit words: matrices, then floats. Floats: for every layer bias (gates,
+// units) and bias_q (units,), the head's bias (columns,), and the table (V, gates, units) of the first layer's
+// products. Units are H rounded up to whole warps, columns V so; what is beyond is 0. Matrices, for one CTA: a word is
+// a float or two bf16 (of neighbouring k, the lower one in the lower half); for every layer its input's matrix (but the
+// first's) and its hidden one, (words of k, gates, units); the head's (words of k, columns).
 #pragma once
 
 #include <algorithm>
@@ -31,58 +32,80 @@ FR_PLAN int64_t columns_of(const NetworkSizes& n) { return whole_warps(n.V); }
 FR_PLAN int64_t k_words(const NetworkSizes& n) { return (n.H + n.per_word - 1) / n.per_word; }
 FR_PLAN int64_t matrix_words(const NetworkSizes& n) { return k_words(n) * n.gates * units_of(n); }
 
-// Word offsets into the blob.
+// Word offsets into the floats.
+FR_PLAN int64_t bias_in(const NetworkSizes& n, int64_t layer) { return layer * (n.gates + 1) * units_of(n); }
+FR_PLAN int64_t bias_q_in(const NetworkSizes& n, int64_t layer) { return bias_in(n, layer) + n.gates * units_of(n); }
+FR_PLAN int64_t head_bias_in(const NetworkSizes& n) { return bias_in(n, n.L); }
+FR_PLAN int64_t table_in(const NetworkSizes& n) { return head_bias_in(n) + columns_of(n); }
+FR_PLAN int64_t float_words(const NetworkSizes& n) { return table_in(n) + n.V * n.gates * units_of(n); }
+
+// Word offsets into the blob of one CTA.
 FR_PLAN int64_t input_at(const NetworkSizes& n, int64_t layer) {
   return (2 * layer - 1) * matrix_words(n);
 }  // layer > 0
 FR_PLAN int64_t hidden_at(const NetworkSizes& n, int64_t layer) { return 2 * layer * matrix_words(n); }
 FR_PLAN int64_t head_at(const NetworkSizes& n) { return (2 * n.L - 1) * matrix_words(n); }
-FR_PLAN int64_t bias_at(const NetworkSizes& n, int64_t layer) {
-  return head_at(n) + k_words(n) * columns_of(n) + layer * (n.gates + 1) * units_of(n);
-}
-FR_PLAN int64_t bias_q_at(const NetworkSizes& n, int64_t layer) { return bias_at(n, layer) + n.gates * units_of(n); }
-FR_PLAN int64_t head_bias_at(const NetworkSizes& n) { return bias_at(n, n.L); }
-FR_PLAN int64_t table_at(const NetworkSizes& n) { return head_bias_at(n) + columns_of(n); }
-FR_PLAN int64_t blob_words(const NetworkSizes& n) { return table_at(n) + n.V * n.gates * units_of(n); }
+FR_PLAN int64_t floats_at(const NetworkSizes& n) { return head_at(n) + k_words(n) * columns_of(n); }
+FR_PLAN int64_t table_at(const NetworkSizes& n) { return floats_at(n) + table_in(n); }
+FR_PLAN int64_t blob_words(const NetworkSizes& n) { return floats_at(n) + float_words(n); }
 
 constexpr int64_t kMostThreads = 256, kMostRowsOfBlock = 64;
-constexpr int64_t kVotesInShared = 128;  // draws of a vote that a warp keeps on the chip
-constexpr int64_t kRowBytes = 256;       // of what a CTA keeps of a row beside its state
+constexpr int64_t kVotesInShared = 128;  // draws of a vote that are kept on the chip
+constexpr int64_t kPublished = 32;     // steps after which the host is told what rows have done
+constexpr int64_t kRowBytes = 512;      // of what a CTA keeps of a row beside its state
 
-// How a generation of `rows` sequences runs: `blocks` CTAs of `block_rows` sequences, each thread with a unit of `tile`
-// of them.
+// How a generation of `rows` sequences runs, at once as many of them.
 struct GeneratePlan {
   bool fits;
-  int64_t needed_bytes;  // of shared memory with one sequence a CTA
-  int64_t rows, blocks, block_rows, tile, threads, shared_bytes;
+  int64_t needed_bytes;  // of shared memory in a CTA with the fewest rows
+  int64_t rows, blocks, threads, shared_bytes;
+  int64_t cluster;     // CTAs that share a network; 0: each has all of it
+  int64_t block_rows;  // sequences of a CTA, or of a cluster
+  // Of a CTA that has all: each thread has a unit of `tile` sequences.
+  int64_t tile;
   bool table_on_chip;
-};
-
-// Byte offsets into a CTA's dynamic shared memory, all multiples of 16.
-struct SharedLayout {
-  int64_t weights, h, carry, logits, rows, mass, largest, margins, drawn, slots, total;
-  int64_t pitch;       // floats between the values that two units have for a row
-  int64_t logits_row;  // floats
+  // Of a cluster: the fragments of weights that a CTA keeps, where the others are read again each step.
+  int64_t resident;
+  bool logits_on_chip;
 };
 
 FR_PLAN int64_t to_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
+// The memory of `teams` teams that draw, `warps` in all, as byte offsets from `at` on.
+struct DrawLayout {
+  int64_t mass, margins, slots, largest, drawn, end;
+};
+FR_PLAN int64_t tiles_of_row(const NetworkSizes& n) { return (n.V + 255) / 256; }
+FR_PLAN DrawLayout draw_layout(const NetworkSizes& n, int64_t at, int64_t teams, int64_t warps) {
+  DrawLayout d{};
+  d.mass = at;
+  d.margins = d.mass + to_16(8 * teams * tiles_of_row(n));
+  d.slots = d.margins + 8 * kVotesInShared * teams;
+  d.largest = d.slots + to_16(8 * warps);
+  d.drawn = d.largest + to_16(4 * teams * tiles_of_row(n));
+  d.end = d.drawn + 4 * kVotesInShared * teams;
+  return d;
+}
+
+// Byte offsets into the dynamic shared memory of a CTA that has all, multiples of 16.
+struct SharedLayout {
+  int64_t weights, h, carry, logits, rows, total;
+  DrawLayout draw;
+  int64_t pitch;       // floats between the values that two units have for a row
+  int64_t logits_row;  // floats
+};
+
 FR_PLAN SharedLayout shared_layout(const NetworkSizes& n, int64_t block_rows, int64_t tile, int64_t threads,
                                    bool table_on_chip) {
   SharedLayout s{};
-  const int64_t warps = threads / 32, tiles = (n.V + 255) / 256;
   s.pitch = tile == 1 ? block_rows : block_rows + 4;  // the rows of a thread's unit are read 16 bytes at a time
   s.logits_row = columns_of(n);
   s.h = to_16(4 * (table_on_chip ? blob_words(n) : table_at(n)));
   s.carry = s.h + to_16(4 * n.L * 2 * k_words(n) * n.per_word * s.pitch);
   s.logits = s.carry + to_16(4 * (n.carries ? n.L * units_of(n) * block_rows : 0));
   s.rows = s.logits + to_16(4 * block_rows * s.logits_row);
-  s.mass = s.rows + kRowBytes * block_rows;
-  s.margins = s.mass + to_16(8 * warps * tiles);
-  s.slots = s.margins + 8 * kVotesInShared * warps;
-  s.largest = s.slots + to_16(8 * warps);
-  s.drawn = s.largest + to_16(4 * warps * tiles);
-  s.total = s.drawn + 4 * kVotesInShared * warps;
+  s.draw = draw_layout(n, s.rows + kRowBytes * block_rows, threads / 32, threads / 32);
+  s.total = s.draw.end;
   return s;
 }
 
@@ -91,13 +114,22 @@ inline int64_t threads_for(const NetworkSizes& n, int64_t block_rows, int64_t ti
   return std::min(kMostThreads, std::max(std::max(units_of(n), columns_of(n)) * (block_rows / tile), 32 * block_rows));
 }
 
-// As many CTAs as there are multiprocessors, or more where a CTA cannot hold its share of the rows.
-inline GeneratePlan plan_generate(const NetworkSizes& n, int64_t rows, int64_t multiprocessors, int64_t shared_limit) {
+// What a GPU has.
+struct GenerateDevice {
+  int64_t multiprocessors;
+  int64_t shared_limit;  // bytes that a CTA may have
+  int64_t at_once[5];    // clusters of 1, 2, 4, 8 and 16 CTAs, each with all of its memory, that run together; 0: none
+  int64_t wanted_cluster = 0;  // for tests and measurements: CTAs of a cluster, whatever would suit
+};
+
+// With one CTA for a network: as many of them as there are multiprocessors, or more where a CTA cannot hold its share
+// of the rows.
+inline GeneratePlan plan_one(const NetworkSizes& n, int64_t rows, const GenerateDevice& device) {
   GeneratePlan p{};
   p.needed_bytes = shared_layout(n, 1, 1, threads_for(n, 1, 1), false).total;
   p.rows = std::max<int64_t>(rows, 1);
-  if (p.needed_bytes > shared_limit) return p;
-  int64_t share = std::min((p.rows + multiprocessors - 1) / multiprocessors, kMostRowsOfBlock);
+  if (p.needed_bytes > device.shared_limit) return p;
+  int64_t share = std::min((p.rows + device.multiprocessors - 1) / device.multiprocessors, kMostRowsOfBlock);
   for (; share >= 1; --share) {
     p.tile = share == 1 ? 1 : 8;
     p.block_rows = (share + p.tile - 1) / p.tile * p.tile;
@@ -105,7 +137,7 @@ inline GeneratePlan plan_generate(const NetworkSizes& n, int64_t rows, int64_t m
     for (const bool table : {true, false}) {
       p.table_on_chip = table;
       p.shared_bytes = shared_layout(n, p.block_rows, p.tile, p.threads, table).total;
-      if (p.shared_bytes > shared_limit) continue;
+      if (p.shared_bytes > device.shared_limit) continue;
       p.fits = true;
       p.blocks = (p.rows + p.block_rows - 1) / p.block_rows;
       return p;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "portable.h"
@@ -12,7 +13,7 @@
 namespace fr::cuda {
 namespace {
 
-constexpr int64_t kLogEntries = 1 << 18;                // of a launch, on the host and on the GPU
+constexpr int64_t kLogTokens = 1 << 18;                 // of a launch
 constexpr int64_t kFirstSlice = 16, kMostSlice = 1024;  // steps
 constexpr int64_t kReadSlice = 4096;                    // ids of a prompt that one launch reads
 constexpr auto kSliceTime = std::chrono::milliseconds(10);
@@ -32,42 +33,12 @@ void clear(const DeviceMemory& memory, cudaStream_t stream) {
   require(cudaMemsetAsync(memory.get(), 0, static_cast<size_t>(memory.bytes()), stream), "clear");
 }
 
+int64_t logits_bytes(const NetworkSizes& n, const GeneratePlan& plan) {
+  return plan.cluster > 0 && !plan.logits_on_chip ? plan.rows * columns_of(n) * 4 : 0;
+}
+
 CellKind kind_of(Cell cell) {
   return cell == Cell::lstm ? CellKind::lstm : cell == Cell::gru ? CellKind::gru : CellKind::rnn;
-}
-
-uint32_t float_word(float x) { return __builtin_bit_cast(uint32_t, x); }
-uint32_t nearest_bf16(float x) {
-  const uint32_t bits = float_word(x);
-  return x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-}
-
-// w (gates * rows, K) into words (of k, gates, width).
-void pack_matrix(const NetworkSizes& n, const float* w, int64_t gates, int64_t rows, int64_t width, int64_t K,
-                 uint32_t* to) {
-  for (int64_t g = 0; g < gates; ++g)
-    for (int64_t u = 0; u < rows; ++u)
-      for (int64_t k = 0; k < K; ++k) {
-        const float x = w[(g * rows + u) * K + k];
-        uint32_t& word = to[(k / n.per_word * gates + g) * width + u];
-        word |= n.per_word == 1 ? float_word(x) : nearest_bf16(x) << (16 * (k % 2));
-      }
-}
-
-// The first layer's products with what each id reads, and the bias: each one chain of fma from the bias.
-void pack_table(const NetworkWeights& from, const NetworkSizes& n, const float* bias, float* table) {
-  const int64_t units = units_of(n);
-  for (int64_t v = 0; v < n.V; ++v)
-    for (int64_t g = 0; g < n.gates; ++g)
-      for (int64_t u = 0; u < n.H; ++u) {
-        const float* row = from.w_ih[0] + (g * n.H + u) * from.E;
-        float sum = bias[g * units + u];
-        if (from.inputs == nullptr)
-          sum += row[v];
-        else
-          for (int64_t e = 0; e < from.E; ++e) sum = __builtin_fmaf(from.inputs[v * from.E + e], row[e], sum);
-        table[(v * n.gates + g) * units + u] = sum;
-      }
 }
 
 // The arrays that requests point at, side by side.
@@ -115,66 +86,42 @@ void DeviceMemory::reserve(int64_t bytes) {
   if (bytes > bytes_) *this = DeviceMemory(bytes);
 }
 
-NetworkSizes sizes_of(Cell cell, int64_t L, int64_t H, int64_t V, Precision precision) {
-  return {L, H, V, gates_of(cell), precision == Precision::float32 ? 1 : 2, gates_of(cell) > 1};
-}
-
-std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision) {
-  const NetworkSizes n = sizes_of(from.cell, from.L, from.H, from.V, precision);
-  const int64_t units = units_of(n);
-  std::vector<uint32_t> blob(static_cast<size_t>(blob_words(n)));
-  auto* floats = reinterpret_cast<float*>(blob.data());
-  for (int64_t l = 0; l < n.L; ++l) {
-    if (l) pack_matrix(n, from.w_ih[l], n.gates, n.H, units, n.H, blob.data() + input_at(n, l));
-    pack_matrix(n, from.w_hh[l], n.gates, n.H, units, n.H, blob.data() + hidden_at(n, l));
-    const float *b_ih = from.b_ih[l], *b_hh = from.b_hh[l];
-    for (int64_t g = 0; g < n.gates; ++g)
-      for (int64_t u = 0; u < n.H; ++u) {
-        const float hidden = b_hh ? b_hh[g * n.H + u] : 0.0f;
-        const bool apart = from.cell == Cell::gru && g == 2;  // r multiplies W_hn h + b_hn
-        floats[bias_at(n, l) + g * units + u] = (b_ih ? b_ih[g * n.H + u] : 0.0f) + (apart ? 0.0f : hidden);
-        if (apart) floats[bias_q_at(n, l) + u] = hidden;
-      }
-  }
-  pack_matrix(n, from.head, 1, n.V, columns_of(n), n.H, blob.data() + head_at(n));
-  if (from.head_bias) std::copy_n(from.head_bias, n.V, floats + head_bias_at(n));
-  pack_table(from, n, floats + bias_at(n, 0), floats + table_at(n));
-  return blob;
-}
-
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device) {
-  if (precision == Precision::int8)
-    throw std::invalid_argument("the loop on the GPU has no int8 weights; use bfloat16");
+  return pack_network(from, precision, device, generate_device(device));
+}
+
+std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device,
+                                            const GenerateDevice& has) {
   auto net = std::make_unique<PackedNetwork>();
-  net->cell = from.cell, net->precision = precision, net->device = device;
+  net->cell = from.cell, net->precision = precision, net->device = device, net->has = has;
   net->sizes = sizes_of(from.cell, from.L, from.H, from.V, precision);
-  int value = 0;
-  require(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "device");
-  net->multiprocessors = value;
-  require(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-  net->shared_limit = value - 1024;  // the kernel's own arrays and what CUDA keeps of a block's
-  const GeneratePlan plan = plan_generate(net->sizes, 1, net->multiprocessors, net->shared_limit);
-  if (!plan.fits)
-    throw std::invalid_argument("the network needs " + std::to_string(plan.needed_bytes) + " bytes of the " +
-                                std::to_string(net->shared_limit) + " that a multiprocessor has");
-  const std::vector<uint32_t> blob = pack_blob(from, precision);
+  const std::string refusal = refuse_network(net->sizes, has);
+  if (!refusal.empty()) throw std::invalid_argument(refusal);
+  const std::vector<uint32_t> blob = pack_blob(from, precision, plan_generate(net->sizes, 1, has).cluster);
   net->blob = DeviceMemory(static_cast<int64_t>(blob.size() * 4));
   require(cudaMemcpy(net->blob.get(), blob.data(), blob.size() * 4, cudaMemcpyHostToDevice), "upload");
-  net->weight_bytes = 4 * table_at(net->sizes);
+  net->weight_bytes = 4 * (static_cast<int64_t>(blob.size()) - float_words(net->sizes) + table_in(net->sizes));
   return net;
 }
 
 Session::Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, void* stream)
     : net_(std::move(net)),
-      plan_(plan_generate(net_->sizes, rows, net_->multiprocessors, net_->shared_limit)),
+      plan_(plan_generate(net_->sizes, rows, net_->has)),
       stream_(stream),
-      slice_(kFirstSlice),
+      most_steps_(std::clamp<int64_t>(kLogTokens / plan_.rows, 1, kMostSlice)),
+      slice_(std::min(kFirstSlice, most_steps_)),
+      log_(plan_.rows, plan_.blocks, most_steps_),
       rows_(plan_.rows * static_cast<int64_t>(sizeof(DeviceRow))),
       state_(plan_.rows * net_->sizes.L * 2 * net_->sizes.H * 4),
       seen_(plan_.rows * net_->sizes.V),
-      claimed_(4) {
+      claimed_(4),
+      logits_(logits_bytes(net_->sizes, plan_)) {
   clear(rows_, static_cast<cudaStream_t>(stream_));
   clear(state_, static_cast<cudaStream_t>(stream_));
+}
+
+Session::~Session() {
+  if (launched_ > 0) cudaStreamSynchronize(static_cast<cudaStream_t>(stream_));  // it writes to memory that goes away
 }
 
 void Session::add(GenerationRequest request) {
@@ -185,7 +132,7 @@ void Session::add(GenerationRequest request) {
   most_draws_ = std::max(most_draws_, request.mode_of);
   live.request = std::move(request);
   live_.emplace(slot, std::move(live));
-  waiting_.push_back(slot), fresh_.push_back(slot);
+  waiting_.push_back(slot), fresh_.push_back(slot), ++waiting_count_;
 }
 
 // Puts what the fresh requests point at into the GPU's memory; neighbours that share a start state share it there.
@@ -226,16 +173,16 @@ void Session::launch(int64_t steps) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   std::vector<DeviceRequest> queue;
   for (const int32_t slot : waiting_) queue.push_back(live_.at(slot).device);
+  bool logprobs = false;
+  for (const auto& [slot, live] : live_) logprobs = logprobs || live.request.logprobs;
   queue_.reserve(static_cast<int64_t>(queue.size() * sizeof(DeviceRequest)));
   stop_list_.reserve(static_cast<int64_t>(stopped_.size() * 4));
-  log_.reserve(steps * plan_.rows * static_cast<int64_t>(sizeof(LogEntry)));
   if (most_draws_ > kVotesInShared) margins_.reserve(plan_.rows * most_draws_ * 8);
   if (most_draws_ > kVotesInShared) drawn_.reserve(plan_.rows * most_draws_ * 4);
   to_device(queue_.get(), queue.data(), static_cast<int64_t>(queue.size() * sizeof(DeviceRequest)), stream);
   to_device(stop_list_.get(), stopped_.data(), static_cast<int64_t>(stopped_.size() * 4), stream);
   clear(claimed_, stream);
-  const auto log_bytes = static_cast<size_t>(steps * plan_.rows) * sizeof(LogEntry);
-  require(cudaMemsetAsync(log_.get(), 0xff, log_bytes, stream), "clear");  // slot -1: nothing
+  require(cudaStreamSynchronize(stream), "upload");  // the host's copies go away
   GenerateCall call{};
   call.net = net_->sizes, call.plan = plan_, call.cell = kind_of(net_->cell), call.relu = net_->cell == Cell::rnn_relu,
   call.steps = steps;
@@ -243,65 +190,96 @@ void Session::launch(int64_t steps) {
   call.queued = static_cast<int32_t>(queue.size()), call.claimed = claimed_.as<int32_t>();
   call.stopped = stop_list_.as<int32_t>(), call.stopped_count = static_cast<int32_t>(stopped_.size());
   call.rows = rows_.as<DeviceRow>(), call.state = state_.as<float>(), call.seen = seen_.as<uint8_t>();
-  call.log = log_.as<LogEntry>(), call.most_draws = most_draws_;
+  call.log = log_.begin(logprobs), call.most_draws = most_draws_;
   call.margins = margins_.as<double>(), call.drawn = drawn_.as<int32_t>();
+  call.logits = logits_.as<float>();
   require(static_cast<cudaError_t>(generate(call, stream_)), "launch");
-  host_log_.resize(static_cast<size_t>(steps * plan_.rows));
-  to_host(host_log_.data(), log_.get(), static_cast<int64_t>(log_bytes), stream);
-  to_host(&host_claimed_, claimed_.get(), 4, stream);
-  require(cudaStreamSynchronize(stream), "generation");
-  const auto claimed = std::min(static_cast<size_t>(host_claimed_), queue.size());
-  waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<int64_t>(claimed));
   stopped_.clear();
+  launched_ = steps, read_ = 0, begun_ = Clock::now();
 }
 
 void Session::finish(std::map<int32_t, Live>::iterator at, Finish how, int32_t status) {
   at->second.result.finish = how, at->second.result.status = status;
   results_.push_back(std::move(at->second.result));
+  retired_.push_back(std::move(at->second.memory));
   live_.erase(at);
 }
 
 void Session::read_log(int64_t steps, bool keep_events) {
-  for (int64_t i = 0; i < steps * plan_.rows; ++i) {
-    const LogEntry& entry = host_log_[static_cast<size_t>(i)];
-    const auto at = entry.slot < 0 ? live_.end() : live_.find(entry.slot);
-    if (at == live_.end()) continue;
-    Live& live = at->second;
-    if (entry.token >= 0) {
-      live.result.tokens.push_back(entry.token);
-      if (live.request.logprobs) live.result.logprobs.push_back(entry.logprob);
-      if (keep_events) events_.push_back({live.result.index, entry.token});
-    }
-    if (entry.end) finish(at, static_cast<Finish>(entry.end % 16 - 1), entry.end / 16);
+  std::vector<std::pair<int64_t, TokenEvent>> events;
+  std::vector<std::pair<int32_t, Note>> ends;
+  log_.read(
+      steps,
+      [&](const Piece& p) {
+        const auto at = live_.find(p.slot);
+        if (at == live_.end()) return;  // it has been stopped
+        GenerationResult& result = at->second.result;
+        result.tokens.insert(result.tokens.end(), p.tokens, p.tokens + p.count);
+        if (at->second.request.logprobs)
+          result.logprobs.insert(result.logprobs.end(), p.logprobs, p.logprobs + p.count);
+        for (int64_t i = 0; keep_events && i < p.count; ++i)
+          events.push_back({p.step + i, {result.index, p.tokens[i]}});
+      },
+      [&](int32_t slot, const Note& note) {
+        if (note.end != 0) ends.push_back({slot, note});
+        if (note.slot >= 0) live_.at(note.slot).waits = false, --waiting_count_;
+      });
+  const auto first = [](const auto& a, const auto& b) { return a.first < b.first; };
+  std::stable_sort(events.begin(), events.end(), first);
+  for (const auto& [step, event] : events) events_.push_back(event);
+  std::stable_sort(ends.begin(), ends.end(),
+                   [](const auto& a, const auto& b) { return a.second.step < b.second.step; });
+  for (const auto& [slot, note] : ends)
+    if (const auto at = live_.find(slot); at != live_.end())
+      finish(at, static_cast<Finish>(note.end % 16 - 1), note.end / 16);
+  read_ = steps;
+}
+
+// Reads what is published until the launch is over or the time has come; whether it is over.
+bool Session::follow(Clock::time_point deadline, bool keep_events) {
+  for (;; std::this_thread::yield()) {
+    // The stream first: when it is done, all that the launch has written is there to be read.
+    const cudaError_t state = cudaStreamQuery(static_cast<cudaStream_t>(stream_));
+    if (state != cudaErrorNotReady) require(state, "generation");
+    const int64_t there = log_.published();
+    if (there > read_) read_log(there, keep_events);
+    if (state == cudaSuccess) break;
+    if (Clock::now() >= deadline) return false;
   }
+  if (read_ < launched_) throw std::runtime_error("generator: a launch ended before its last step");
+  launched_ = 0;
+  retired_.clear();
+  std::erase_if(waiting_, [&](int32_t slot) {
+    const auto at = live_.find(slot);
+    return at == live_.end() || !at->second.waits;
+  });
+  return true;
 }
 
 void Session::run(int64_t microseconds, int64_t steps, bool more, bool keep_events) {
-  using Clock = std::chrono::steady_clock;
   if (broken_) throw std::runtime_error("this generation has failed before and cannot go on");
   broken_ = true;  // until the end: an exception leaves rows half done
   const auto deadline = Clock::now() + std::chrono::microseconds(microseconds);
-  const int64_t most = std::clamp<int64_t>(kLogEntries / plan_.rows, 1, kMostSlice);
-  for (int64_t done = 0; !live_.empty();) {
-    upload();
-    const int64_t now = std::min(most, steps ? steps - done : slice_);
-    const auto begun = Clock::now();
-    launch(now);
-    read_log(now, keep_events);
+  for (int64_t done = 0; !live_.empty() && (steps == 0 || done < steps);) {
+    if (launched_ == 0) {
+      upload();
+      launch(std::min(most_steps_, steps ? steps - done : slice_));
+    }
+    const int64_t now = launched_;
+    if (!follow(deadline, keep_events)) break;
     done += now;
-    const auto took = Clock::now() - begun;
-    if (!steps && took < kSliceTime / 2) slice_ = std::min(2 * slice_, most);
+    const auto took = Clock::now() - begun_;
+    if (!steps && took < kSliceTime / 2) slice_ = std::min(2 * slice_, most_steps_);
     if (!steps && took > 2 * kSliceTime) slice_ = std::max<int64_t>(slice_ / 2, 1);
-    if (steps ? done >= steps : Clock::now() >= deadline) break;
-    if (more && waiting_.empty() && running() < plan_.rows - plan_.rows / 8) break;
+    if (Clock::now() >= deadline) break;
+    if (more && waiting_count_ == 0 && running() < plan_.rows - plan_.rows / 8) break;
   }
   broken_ = false;
 }
 
 void Session::stop(int64_t index) {
   for (auto at = live_.begin(); at != live_.end(); ++at) {
-    const bool waits = std::find(waiting_.begin(), waiting_.end(), at->first) != waiting_.end();
-    if (at->second.result.index != index || waits) continue;
+    if (at->second.result.index != index || at->second.waits) continue;
     stopped_.push_back(at->first);
     return finish(at, Finish::stop, 0);
   }
@@ -320,18 +298,20 @@ void read(const PackedNetwork& net, const std::vector<int32_t>& ids, float* h, f
   q.prompt = moved<int32_t>(*memory, at_ids), q.prompt_count = static_cast<int32_t>(count), q.penalty = 1.0f;
   q.start_h = moved<float>(*memory, at_h), q.start_c = has_c ? moved<float>(*memory, at_c) : nullptr;
   DeviceMemory out(n.V * 4), queue(sizeof q), claimed(4), rows(sizeof(DeviceRow)), state(2 * size * 4), seen(n.V);
-  DeviceMemory log(kReadSlice * static_cast<int64_t>(sizeof(LogEntry)));
+  const GeneratePlan plan = plan_generate(n, 1, net.has);
+  DeviceMemory scratch(logits_bytes(n, plan));
+  LaunchLog log(1, plan.blocks, kReadSlice);
   q.read_logits = out.as<float>();
   to_device(queue.get(), &q, sizeof q, on);
   for (const DeviceMemory* each : {&claimed, &rows, &state}) clear(*each, on);
   GenerateCall call{};
-  call.net = n, call.plan = plan_generate(n, 1, net.multiprocessors, net.shared_limit);
+  call.net = n, call.plan = plan, call.logits = scratch.as<float>();
   call.cell = kind_of(net.cell), call.relu = net.cell == Cell::rnn_relu, call.blob = net.blob.as<uint32_t>();
   call.queue = queue.as<DeviceRequest>(), call.queued = 1, call.claimed = claimed.as<int32_t>();
   call.rows = rows.as<DeviceRow>(), call.state = state.as<float>(), call.seen = seen.as<uint8_t>();
-  call.log = log.as<LogEntry>(), call.most_draws = 1;
+  call.most_draws = 1;
   for (int64_t done = 0; done < count; done += kReadSlice) {
-    call.steps = std::min(kReadSlice, count - done);
+    call.steps = std::min(kReadSlice, count - done), call.log = log.begin(false);
     require(static_cast<cudaError_t>(generate(call, stream)), "launch");
     require(cudaStreamSynchronize(on), "reading");
   }

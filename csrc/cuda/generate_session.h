@@ -11,7 +11,8 @@
 #include <vector>
 
 #include "../generation.h"
-#include "generate.h"
+#include "generate_log.h"
+#include "generate_pack.h"
 
 namespace fr::cuda {
 
@@ -39,17 +40,17 @@ struct PackedNetwork {
   Precision precision;
   int device;
   NetworkSizes sizes;
-  int64_t multiprocessors, shared_limit;
+  GenerateDevice has;
   DeviceMemory blob;
   int64_t weight_bytes;
   NetworkShape shape() const { return {cell, sizes.L, sizes.H, sizes.V}; }
 };
 
-NetworkSizes sizes_of(Cell cell, int64_t L, int64_t H, int64_t V, Precision precision);
-// The blob of generate_plan.h.
-std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision);
-// Weights are on the host. Throws std::invalid_argument for what does not fit one multiprocessor's shared memory.
+// Weights are on the host. Throws std::invalid_argument for what refuse_network refuses. has: what the device has, for
+// tests.
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device);
+std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision, int device,
+                                            const GenerateDevice& has);
 
 // h, c (L, H) and logits (V,), all on the host, after `ids` from h, c; c is not used by cells without one.
 void read(const PackedNetwork& net, const std::vector<int32_t>& ids, float* h, float* c, float* logits, void* stream);
@@ -58,29 +59,34 @@ class Session final : public GenerationLoop {
  public:
   // stream: a cudaStream_t of net->device, on which everything happens.
   Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, void* stream);
+  ~Session() override;
 
   void add(GenerationRequest request) override;
-  // Looks at the clock between launches.
+  // Reads the log while a launch goes on, and may return in the middle of one, which the next call goes on with; stop()
+  // and add() count from the launch after it.
   void run(int64_t microseconds, int64_t steps, bool more, bool keep_events) override;
   void stop(int64_t index) override;
   std::vector<GenerationResult> take_results() override { return std::exchange(results_, {}); }
   std::vector<TokenEvent> take_events() override { return std::exchange(events_, {}); }
-  int64_t queued() const override { return static_cast<int64_t>(waiting_.size()); }
-  int64_t running() const override { return static_cast<int64_t>(live_.size() - waiting_.size()); }
+  int64_t queued() const override { return waiting_count_; }
+  int64_t running() const override { return static_cast<int64_t>(live_.size()) - waiting_count_; }
   NetworkShape shape() const override { return net_->shape(); }
   bool windowed() const override { return false; }
 
  private:
+  using Clock = std::chrono::steady_clock;
   // A request that is not over.
   struct Live {
     GenerationRequest request;
     GenerationResult result;
     DeviceRequest device;
+    bool waits = true;  // for a row
     std::shared_ptr<DeviceMemory> memory;  // what `device` points at
   };
 
   void upload();
   void launch(int64_t steps);
+  bool follow(Clock::time_point deadline, bool keep_events);
   void read_log(int64_t steps, bool keep_events);
   void finish(std::map<int32_t, Live>::iterator at, Finish how, int32_t status);
 
@@ -89,15 +95,18 @@ class Session final : public GenerationLoop {
   void* stream_;
   bool broken_ = false;
   int32_t next_slot_ = 0;
-  int64_t most_draws_ = 1, slice_;  // steps of a launch
+  int64_t most_draws_ = 1, most_steps_, slice_;  // of a launch: at most, and as it suits
+  int64_t launched_ = 0, read_ = 0;  // steps of the launch that is under way, 0: none, and of its log
+  Clock::time_point begun_;
   std::map<int32_t, Live> live_;
-  std::deque<int32_t> waiting_, fresh_;  // slots without a row; those of them that are not in the GPU's memory
+  int64_t waiting_count_ = 0;
+  std::deque<int32_t> waiting_, fresh_;  // slots that had no row before the launch; those that the GPU does not know
   std::vector<int32_t> stopped_;         // slots whose rows are to end
   std::vector<GenerationResult> results_;
   std::vector<TokenEvent> events_;
-  DeviceMemory rows_, state_, seen_, queue_, claimed_, stop_list_, log_, margins_, drawn_;
-  std::vector<LogEntry> host_log_;
-  int32_t host_claimed_ = 0;
+  std::vector<std::shared_ptr<DeviceMemory>> retired_;  // of requests that the launch may still read
+  LaunchLog log_;
+  DeviceMemory rows_, state_, seen_, queue_, claimed_, stop_list_, margins_, drawn_, logits_;
 };
 
 }  // namespace fr::cuda

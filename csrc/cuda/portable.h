@@ -57,8 +57,15 @@ inline uint32_t warp_max(uint32_t v, FR_PLACE) {
   }
   return v;
 }
+// How many clusters run at once; see below.
+template <class... P> int clusters_at_once(void (*)(P...), unsigned cluster, unsigned, size_t) {
+  return cuda_on_cpu::kMultiprocessors / static_cast<int>(cluster);
+}
+
 inline void grid_sync(FR_PLACE) { cuda_on_cpu::grid_barrier({file, line}); }
-inline void cluster_sync(FR_PLACE) { cuda_on_cpu::cluster_barrier({file, line}); }
+inline void cluster_arrive(FR_PLACE) { cuda_on_cpu::cluster_arrive({file, line}); }
+inline void cluster_wait(FR_PLACE) { cuda_on_cpu::cluster_wait({file, line}); }
+inline void cluster_sync(FR_PLACE) { cluster_arrive(file, line), cluster_wait(file, line); }
 inline unsigned cluster_rank() { return cuda_on_cpu::self().rank; }
 template <class T> T* cluster_map(T* shared, unsigned rank) {
   return static_cast<T*>(cuda_on_cpu::map_shared(shared, rank));
@@ -69,6 +76,7 @@ template <class T> T load_acquire(const T* p, FR_PLACE) {
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 template <class T> void store_release(T* p, T value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+inline void store_release_system(int32_t* p, int32_t value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
 
 template <int Bytes> void copy_async(void* shared, const void* global) {
   cuda_on_cpu::copy_async(shared, global, Bytes);
@@ -140,6 +148,26 @@ template <class... P, class... A> cudaError_t launch(const Launch& how, void (*k
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 
+// How many clusters of so many CTAs the current device runs at once, each CTA with so many threads and so much dynamic
+// shared memory; 0 where it has none so large. A cluster of one is a CTA: one for each multiprocessor.
+template <class... P>
+int clusters_at_once(void (*kernel)(P...), unsigned cluster, unsigned threads, size_t shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int clusters = 0;
+  const bool asked = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)) == cudaSuccess &&
+                     cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+  if (!asked) cudaGetLastError();  // which would be taken for that of the next launch
+  return asked ? clusters : 0;
+}
+
 // The largest of a warp's numbers.
 __device__ __forceinline__ uint32_t warp_max(uint32_t v) { return __reduce_max_sync(~0u, v); }
 
@@ -149,6 +177,17 @@ __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sy
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
+#endif
+}
+// Its two halves: what a thread has written before it arrives, the threads of the cluster see after they have waited.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -183,6 +222,11 @@ template <class T> __device__ __forceinline__ void store_release(T* p, T value) 
     asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(reinterpret_cast<uint32_t&>(value)) : "memory");
   else
     asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(reinterpret_cast<uint64_t&>(value)) : "memory");
+}
+
+// Ordered among all threads of the GPU and of the host.
+__device__ __forceinline__ void store_release_system(int32_t* p, int32_t value) {
+  asm volatile("st.release.sys.global.b32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
 // Copies 4, 8 or 16 bytes, aligned to that, while the thread goes on; commit closes a group, wait<n> lets at most the

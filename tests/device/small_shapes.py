@@ -49,13 +49,16 @@ def draws(backend: str) -> int:
 def loops(backend: str) -> int:
     """Requests run by the generation loop on one backend, more than there are rows."""
     count = 0
-    for cell in ("lstm", "gru", "rnn_tanh"):
-        network = Network(NetworkConfig(70, embedding_dim=5, hidden_size=20, num_layers=2, cell=cell)).to("cuda")
+    sizes = [("lstm", 20), ("gru", 20), ("rnn_tanh", 20)]
+    if torch.cuda.get_device_capability() >= (9, 0):  # in CUDA: a network that takes a cluster of multiprocessors
+        sizes += [("lstm", 150)]
+    for cell, hidden in sizes:
+        network = Network(NetworkConfig(70, embedding_dim=5, hidden_size=hidden, num_layers=2, cell=cell)).to("cuda")
         asked = [Request([1] * (1 + row), 6, sequence=row, logprobs=True) for row in range(11)]
         with fastrnn.backend(backend):
             done = list(generate(network, asked, batch_size=9))
         if [len(completion.token_ids) for completion in done] != [6] * len(asked):
-            sys.exit(f"{backend} loop of {cell}: {[completion.error for completion in done]}")
+            sys.exit(f"{backend} loop of {cell} {hidden}: {[completion.error for completion in done]}")
         count += len(done)
     return count
 

@@ -1,33 +1,14 @@
 // The generation loop of csrc/cuda, run on the CPU, against that of csrc/cpu: the same tokens and log-probabilities,
 // bit for bit, however the steps are sliced and whatever runs beside a row.
+#include <array>
 #include <cmath>
 #include <map>
 
 #include "../../csrc/cpu/row_states.h"
 #include "../../csrc/cpu/session.h"
-#include "../../csrc/cuda/generate_session.h"
-#include "cuda_on_cpu.h"
-#include "generation_cases.h"
+#include "cuda_generate_cases.h"
 
 namespace {
-
-Results run(fr::GenerationLoop& loop, const Requests& requests, int64_t steps, size_t feed) {
-  Results results;
-  size_t added = 0;
-  for (int turns = 0; results.size() < requests.size(); ++turns) {
-    CHECK(turns < 100000);
-    while (added < requests.size() && loop.queued() < static_cast<int64_t>(feed)) loop.add(requests[added++]);
-    loop.run(60'000'000, steps, added < requests.size(), turns % 2 == 0);
-    for (const fr::TokenEvent& e : loop.take_events()) CHECK(e.token >= 0 && e.token < loop.shape().V);
-    for (fr::GenerationResult& r : loop.take_results()) {
-      CHECK(!results.count(r.index));
-      check_result(requests[static_cast<size_t>(r.index)], r);
-      results.emplace(r.index, std::move(r));
-    }
-  }
-  CHECK(loop.running() == 0 && loop.queued() == 0);
-  return results;
-}
 
 // Equal but for the log-probabilities of a row with a penalty, whose sum the CPU takes in floating point.
 void check_equal(const Requests& requests, const Results& a, const Results& b) {
@@ -60,22 +41,44 @@ void test_network(Cell cell, Precision precision, int64_t L, int64_t H, int64_t 
 void test_reading(Cell cell, Precision precision) {
   const Model model(cell, 2, 9, 21, 5, 12);
   const std::shared_ptr<fr::cuda::PackedNetwork> net = fr::cuda::pack_network(model.weights, precision, 0);
-  std::vector<int32_t> ids;
-  for (int32_t i = 0; i < 23; ++i) ids.push_back(i * 5 % 21);
-  auto start = std::make_shared<fr::StartState>();
-  start->h.assign(18, 0.0f), start->c.assign(18, 0.0f), start->logits.assign(21, NAN), start->seen.assign(21, 0);
-  for (const int32_t id : ids) start->seen[static_cast<size_t>(id)] = 1;
-  fr::cuda::read(*net, ids, start->h.data(), start->c.data(), start->logits.data(), nullptr);
-  Requests from_ids = many_requests(9, 21, 0), from_state = from_ids;
-  for (size_t i = 0; i < from_ids.size(); ++i) {
-    std::vector<int32_t>& more = from_state[i].prompt;
-    if (i % 3) more.clear();
-    from_ids[i].prompt = ids;
-    from_ids[i].prompt.insert(from_ids[i].prompt.end(), more.begin(), more.end());
-    from_state[i].start = start;
-  }
+  const FromState requests(*net, 9);
   fr::cuda::Session one(net, 4, nullptr), other(net, 3, nullptr);
-  check_same(run(one, from_ids, 0, 50), run(other, from_state, 3, 50));
+  check_same(run(one, requests.ids, 0, 50), run(other, requests.state, 3, 50));
+}
+
+// The host reads what a kernel has published while it runs: each token once, in its order, and none before it is there.
+void test_streaming(Cell cell) {
+  const Model model(cell, 2, 9, 21, 5, 14);
+  const std::shared_ptr<fr::cuda::PackedNetwork> net = fr::cuda::pack_network(model.weights, Precision::float32, 0);
+  Requests requests = many_requests(14, 21, 0);
+  for (auto& q : requests) q.max_new_tokens += 150;
+  fr::cuda::Session whole(net, 5, nullptr);
+  const Results expected = run(whole, requests, 0, requests.size());
+  cuda_on_cpu::options.beside = true;
+  Results results;
+  std::map<int64_t, std::vector<int32_t>> streamed;
+  int64_t early = 0;
+  {
+    fr::cuda::Session session(net, 5, nullptr);
+    size_t added = 0;
+    for (int turns = 0; results.size() < requests.size(); ++turns) {
+      CHECK(turns < 1'000'000);
+      if (added < requests.size() && session.queued() < 3) session.add(requests[added++]);
+      session.run(1000, 0, added < requests.size(), true);
+      const std::vector<fr::TokenEvent> events = session.take_events();
+      early += cuda_on_cpu::is_busy() && !events.empty();
+      for (const fr::TokenEvent& e : events) streamed[e.index].push_back(static_cast<int32_t>(e.token));
+      for (fr::GenerationResult& r : session.take_results()) results.emplace(r.index, std::move(r));
+    }
+    CHECK(session.running() == 0 && session.queued() == 0);
+    session.add(requests[0]);
+    session.run(0, 0, false, true);  // a session may go away while its kernel runs
+  }
+  cuda_on_cpu::wait_for_kernel();
+  cuda_on_cpu::options.beside = false;
+  CHECK(early > 0);
+  check_same(expected, results);
+  for (const auto& [index, r] : results) CHECK(streamed[index] == r.tokens);
 }
 
 void test_stop() {
@@ -110,7 +113,7 @@ void test_plans() {
             for (const int64_t rows : {1, 2, 64, 133, 4096, 100000})
               for (const int64_t limit : {int64_t{98} << 10, int64_t{226} << 10}) {
                 const fr::cuda::NetworkSizes n{L, H, V, gates, per_word, gates > 1};
-                const auto p = fr::cuda::plan_generate(n, rows, 132, limit);
+                const auto p = fr::cuda::plan_one(n, rows, {132, limit, {}});
                 if (!p.fits) {
                   CHECK(p.needed_bytes > limit);
                   continue;
@@ -120,8 +123,8 @@ void test_plans() {
                 CHECK(p.block_rows % p.tile == 0 && p.blocks * p.block_rows >= rows);
                 CHECK((p.blocks - 1) * p.block_rows < rows);
                 const auto s = fr::cuda::shared_layout(n, p.block_rows, p.tile, p.threads, p.table_on_chip);
-                const int64_t parts[] = {s.h,       s.carry, s.logits,  s.rows, s.mass,
-                                         s.margins, s.slots, s.largest, s.drawn};
+                const int64_t parts[] = {s.h,          s.carry,        s.logits,    s.rows, s.draw.mass, s.draw.margins,
+                                         s.draw.slots, s.draw.largest, s.draw.drawn};
                 for (size_t i = 1; i < std::size(parts); ++i) CHECK(parts[i] % 16 == 0 && parts[i] >= parts[i - 1]);
                 CHECK(p.tile == 1 || s.pitch % 4 == 0);
               }
@@ -131,6 +134,7 @@ void test_plans() {
 }  // namespace
 
 int main(int, char** arguments) {
+
   const bool few = arguments[1] != nullptr;  // for a sanitizer that is slow
   fr::set_cpu_isa("avx2");
   test_plans();
@@ -143,6 +147,7 @@ int main(int, char** arguments) {
       test_network(cell, precision, 1, 12, 300, 5, true);
       test_reading(cell, precision);
     }
+  test_streaming(Cell::lstm);
   test_stop();
   std::printf("generation on csrc/cuda: the bits of csrc/cpu holds\n");
 }

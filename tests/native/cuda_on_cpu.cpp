@@ -6,10 +6,12 @@
 #include "cuda_on_cpu_stacks.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -27,6 +29,15 @@ struct Barrier {
   Place place{};
   std::vector<Fiber*> waiting;
   char order = 0;  // what ThreadSanitizer knows it by
+};
+
+// A cluster's barrier: who has arrived goes on until it waits.
+struct HalvedBarrier {
+  size_t size = 0, arrived = 0;
+  unsigned turn = 0;
+  Place place{};
+  std::vector<Fiber*> waiting;
+  char order[2] = {};  // taking turns: who is late to wait sees nothing of what others do before the next turn
 };
 
 // A lane writes slot `exchanges % 4` of its own. It reads at the latest one turn of every lane after the last one has
@@ -58,7 +69,8 @@ struct Gang {
   const std::function<void()>* body;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
-  Barrier barrier;  // of the cluster or of the grid
+  Barrier grid_barrier;
+  HalvedBarrier cluster_barrier;
   Fiber* scheduler = nullptr;
   size_t finished = 0;
 };
@@ -72,6 +84,8 @@ struct Fiber {
   Warp* warp = nullptr;
   State state = State::ready;
   Place place{};
+  bool arrived = false;              // at the cluster's barrier, without having waited
+  unsigned turn = 0;                 // of that barrier
   unsigned exchanges = 0;            // how many it has begun
   unsigned char partner_slot[32]{};  // which slot of each lane belongs to the last exchange
   struct Copy {
@@ -188,8 +202,9 @@ void prepare(Fiber& fiber) {
 void set_up(Gang& gang, dim3 grid, dim3 dim, size_t shared_bytes) {
   const unsigned threads = dim.x * dim.y * dim.z;
   gang.fibers.resize(gang.blocks.size() * threads);
-  gang.barrier.size = gang.fibers.size();
-  gang.barrier.waiting.reserve(gang.barrier.size);
+  gang.grid_barrier.size = gang.cluster_barrier.size = gang.fibers.size();
+  gang.grid_barrier.waiting.reserve(gang.fibers.size());
+  gang.cluster_barrier.waiting.reserve(gang.fibers.size());
   for (size_t b = 0; b < gang.blocks.size(); ++b) {
     Block& block = gang.blocks[b];
     block.barrier.size = threads;
@@ -262,32 +277,85 @@ const Thread& self() { return running->self; }
 
 void fail(const char* what) { fail(what, running); }
 
-cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
-                   const std::function<void()>& body) {
-  const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
-  const size_t size = cooperative ? blocks : size_t{cluster.x} * cluster.y * cluster.z;
-  if (running || blocks == 0 || threads == 0 || threads > 1024 || shared_bytes > kSharedBytes || blocks % size)
-    return cudaErrorInvalidConfiguration;
+namespace {
+
+void run_grid(dim3 grid, dim3 block, size_t gang_blocks, size_t shared_bytes, bool cooperative,
+              const std::function<void()>& body) {
+  const size_t blocks = size_t{grid.x} * grid.y * grid.z;
   std::vector<size_t> first;
-  for (size_t i = 0; i < blocks; i += size) first.push_back(i);
+  for (size_t i = 0; i < blocks; i += gang_blocks) first.push_back(i);
   std::mt19937_64 random(options.seed);
   arrange(first, random);
   for (const size_t at : first) {
-    Gang gang{cooperative, &body, std::vector<Block>(size), {}, {}};
-    for (size_t i = 0; i < size; ++i) {
+    Gang gang{cooperative, &body, std::vector<Block>(gang_blocks), {}, {}, {}};
+    for (size_t i = 0; i < gang_blocks; ++i) {
       const auto n = static_cast<unsigned>(at + i);
       gang.blocks[i].index = {n % grid.x, n / grid.x % grid.y, n / (grid.x * grid.y)};
     }
     run(gang, grid, block, shared_bytes, random);
   }
+}
+
+std::thread beside;  // the kernel that runs beside the host
+std::atomic<bool> busy;
+
+}  // namespace
+
+bool is_busy() { return busy.load(std::memory_order_acquire); }
+void wait_for_kernel() {
+  if (beside.joinable()) beside.join();
+}
+
+cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
+                   const std::function<void()>& body) {
+  wait_for_kernel();
+  const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
+  const size_t size = cooperative ? blocks : size_t{cluster.x} * cluster.y * cluster.z;
+  if (running || blocks == 0 || threads == 0 || threads > 1024 || shared_bytes > kSharedBytes || blocks % size)
+    return cudaErrorInvalidConfiguration;
+  if (!options.beside) {
+    run_grid(grid, block, size, shared_bytes, cooperative, body);
+    return cudaSuccess;
+  }
+  busy = true;
+  beside = std::thread([=] {
+    run_grid(grid, block, size, shared_bytes, cooperative, body);
+    busy.store(false, std::memory_order_release);
+  });
   return cudaSuccess;
 }
 
 void block_barrier(Place place) { arrive(running->block->barrier, place); }
-void cluster_barrier(Place place) { arrive(running->gang->barrier, place); }
+void cluster_arrive(Place place) {
+  Fiber* me = running;
+  HalvedBarrier& barrier = me->gang->cluster_barrier;
+  me->place = place;
+  if (me->arrived) fail("a thread arrives again without having waited", me);
+  if (barrier.arrived == 0) barrier.place = place;
+  if (barrier.place.line != place.line || std::strcmp(barrier.place.file, place.file) != 0)
+    fail("threads arrive at different barriers", me);
+  me->arrived = true, me->turn = barrier.turn;
+  release(&barrier.order[barrier.turn % 2]);
+  if (++barrier.arrived < barrier.size) return;
+  barrier.arrived = 0, ++barrier.turn;
+  for (Fiber* fiber : barrier.waiting) fiber->state = State::ready;
+  barrier.waiting.clear();
+}
+void cluster_wait(Place place) {
+  Fiber* me = running;
+  HalvedBarrier& barrier = me->gang->cluster_barrier;
+  me->place = place;
+  if (!me->arrived) fail("a thread waits without having arrived", me);
+  if (barrier.turn == me->turn) {
+    barrier.waiting.push_back(me);
+    wait(State::at_barrier, place);
+  }
+  me->arrived = false;
+  acquire(&barrier.order[me->turn % 2]);
+}
 void grid_barrier(Place place) {
   if (!running->gang->cooperative) fail("a grid barrier in a launch that is not cooperative", running);
-  arrive(running->gang->barrier, place);
+  arrive(running->gang->grid_barrier, place);
 }
 void spin(Place place) { wait(State::spinning, place); }
 

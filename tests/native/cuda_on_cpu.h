@@ -20,6 +20,7 @@
 namespace cuda_on_cpu {
 
 constexpr size_t kSharedBytes = 227 << 10;  // what a block can have on compute capability 9.0
+constexpr int kMultiprocessors = 132;       // of an H100
 constexpr int kExchangeWords = 8;
 
 // In which order the threads of a gang, and the gangs of a grid, take their turns.
@@ -27,6 +28,7 @@ enum class Order { forward, backward, shuffled };
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 0;
+  bool beside = false;  // a kernel runs beside the host, which waits for it where a stream's order asks for it
 };
 inline Options options;
 
@@ -49,9 +51,13 @@ const Thread& self();
 cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
                    const std::function<void()>& body);
 [[noreturn]] void fail(const char* what);
+// Whether a kernel runs beside the host, and until none does.
+bool is_busy();
+void wait_for_kernel();
 
 void block_barrier(Place place);
-void cluster_barrier(Place place);
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
 void grid_barrier(Place place);
 // Waits until every lane of `mask` that exists is here with the same mask.
 void warp_barrier(unsigned mask, Place place);

@@ -139,20 +139,23 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 #define __expf(x) expf(x)
 
-// The runtime: device memory is memory, a stream has always finished.
+// The runtime: device memory is memory, there is one stream.
 extern "C" {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t code) { return code == cudaSuccess ? "no error" : "refused"; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  cuda_on_cpu::wait_for_kernel();
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  cuda_on_cpu::wait_for_kernel();
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  cuda_on_cpu::wait_for_kernel();
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
@@ -164,18 +167,25 @@ inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) {
+  cuda_on_cpu::wait_for_kernel();
   std::free(p);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return cudaMalloc(p, bytes); }
+inline cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  cuda_on_cpu::wait_for_kernel();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t) { return cuda_on_cpu::is_busy() ? cudaErrorNotReady : cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-// Of an H100: 132 multiprocessors of compute capability 9.0.
+// Of an H100: compute capability 9.0.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 132; break;
+    case cudaDevAttrMultiProcessorCount: *value = cuda_on_cpu::kMultiprocessors; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_on_cpu::kSharedBytes; break;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;

@@ -1,0 +1,20 @@
+// From a network as PyTorch holds it to what the loop on a GPU reads, and whether the loop takes it at all.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../generation.h"
+#include "generate.h"
+
+namespace fr::cuda {
+
+NetworkSizes sizes_of(Cell cell, int64_t L, int64_t H, int64_t V, Precision precision);
+// What a GPU has for the loop. Throws std::runtime_error where CUDA fails.
+GenerateDevice generate_device(int device);
+// Why a network does not run on such a device, or nothing.
+std::string refuse_network(const NetworkSizes& n, const GenerateDevice& has);
+// The blob for that plan.cluster: of generate_plan.h where it is 0, else of generate_cluster_plan.h.
+std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision, int64_t cluster);
+
+}  // namespace fr::cuda
