@@ -30,8 +30,8 @@ struct DeviceRow {
   int32_t read;    // ids of the prompt that have been read or are about to be
   int32_t starts;  // the next draw is from start_logits
   int64_t drawn;
-  int32_t noted;                // notes of the launch
-  int32_t tokens[kPublished];   // of the steps since the last that were published, by their place among so many
+  int32_t noted;               // notes of the launch
+  int32_t tokens[kPublished];  // of the steps since the last that were published, by their place among so many
   float logprobs[kPublished];
 };
 static_assert(sizeof(DeviceRow) <= kRowBytes);

@@ -51,8 +51,8 @@ FR_PLAN int64_t blob_words(const NetworkSizes& n) { return floats_at(n) + float_
 
 constexpr int64_t kMostThreads = 256, kMostRowsOfBlock = 64;
 constexpr int64_t kVotesInShared = 128;  // draws of a vote that are kept on the chip
-constexpr int64_t kPublished = 32;     // steps after which the host is told what rows have done
-constexpr int64_t kRowBytes = 512;      // of what a CTA keeps of a row beside its state
+constexpr int64_t kPublished = 32;       // steps after which the host is told what rows have done
+constexpr int64_t kRowBytes = 512;       // of what a CTA keeps of a row beside its state
 
 // How a generation of `rows` sequences runs, at once as many of them.
 struct GeneratePlan {

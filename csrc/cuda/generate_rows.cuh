@@ -1,6 +1,6 @@
 // What a row of a generation does between two steps, whatever computes its logits: the draw and what follows from it,
-// what the host is told of it, the end of its request and the next one of the queue. A team of warps does it; all of its
-// threads call these functions together.
+// what the host is told of it, the end of its request and the next one of the queue. A team of warps does it; all of
+// its threads call these functions together.
 #pragma once
 
 #include "draw.cuh"
@@ -157,7 +157,7 @@ __device__ int32_t draw_token(const GenerateCall& c, const Team<Warps>& team, co
 // What a row does when the logits of a step are there. Returns the end that its request comes to, or 0.
 template <int Warps>
 __device__ int32_t finish_row(const GenerateCall& c, const Team<Warps>& team, const RowSeat& seat,
-                           const DrawScratch& scratch, int64_t step) {
+                              const DrawScratch& scratch, int64_t step) {
   DeviceRow& row = seat.row;
   const bool first = team.rank() == 0;
   int32_t end = 0;

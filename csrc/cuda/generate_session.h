@@ -80,7 +80,7 @@ class Session final : public GenerationLoop {
     GenerationRequest request;
     GenerationResult result;
     DeviceRequest device;
-    bool waits = true;  // for a row
+    bool waits = true;                     // for a row
     std::shared_ptr<DeviceMemory> memory;  // what `device` points at
   };
 
@@ -96,7 +96,7 @@ class Session final : public GenerationLoop {
   bool broken_ = false;
   int32_t next_slot_ = 0;
   int64_t most_draws_ = 1, most_steps_, slice_;  // of a launch: at most, and as it suits
-  int64_t launched_ = 0, read_ = 0;  // steps of the launch that is under way, 0: none, and of its log
+  int64_t launched_ = 0, read_ = 0;              // steps of the launch that is under way, 0: none, and of its log
   Clock::time_point begun_;
   std::map<int32_t, Live> live_;
   int64_t waiting_count_ = 0;

@@ -134,7 +134,6 @@ void test_plans() {
 }  // namespace
 
 int main(int, char** arguments) {
-
   const bool few = arguments[1] != nullptr;  // for a sanitizer that is slow
   fr::set_cpu_isa("avx2");
   test_plans();
