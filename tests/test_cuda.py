@@ -123,6 +123,25 @@ def test_a_request_is_the_same_alone_and_in_any_company(cell: str, dtype: torch.
     assert run(network, asked, batch_size=7, dtype=dtype, on_token=lambda index, token: None) == alone
 
 
+@pytest.mark.gpu
+def test_tokens_come_while_the_kernel_runs_each_once_and_in_order() -> None:
+    """Long enough for many launches; of the rows that are stopped nothing is kept that was not looked at."""
+    network = make("cuda", cell="gru", num_layers=1)
+    asked = [Request([1 + i % 12], 5000 + i, sequence=i, logprobs=i % 2 == 0) for i in range(9)]
+    whole, heard = run(network, asked), [[] for _ in asked]
+
+    def listen(index: int, token: int) -> bool:
+        heard[index].append(token)
+        return index % 3 == 2 and len(heard[index]) == 777
+
+    done = run(network, asked, on_token=listen, batch_size=4)
+    for i, (full, completion) in enumerate(zip(whole, done, strict=True)):
+        kept = 777 if i % 3 == 2 else len(full.token_ids)
+        assert completion.token_ids == heard[i] == full.token_ids[:kept]
+        assert completion.logprobs == (full.logprobs[:kept] if i % 2 == 0 else None)
+        assert completion.finish_reason == ("stop" if i % 3 == 2 else "length")
+
+
 # Networks that no multiprocessor of an H100 holds, but some together do.
 LARGE = {
     "gru": {"cell": "gru", "hidden_size": 130, "vocab_size": 65, "num_layers": 2, "dtype": torch.bfloat16},
