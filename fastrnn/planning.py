@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from .defaults import PER_OUTPUT, SAMPLING, check_numbers, checked_stops, expand
 from .generate import Runner, prefill
-from .request import Request, check_request
+from .request import Request, changed, check_request
 from .sampling import SamplingParams
 
 # The options of `LanguageModel.generate` that decide what is made; the others decide how it is run and handed out.
@@ -59,10 +58,8 @@ def plan(model: Any, prompts: Sequence[Any], single: bool, given: Mapping[str, A
         )  # fmt: skip
         check_request(request, model)
         shares = n > 1 or (single and len(rows) > 1)
-        for j in range(n):
-            own = copy.copy(request)
-            own.sequence += j
-            outputs.append(Output(which, own, shares))
+        first = request.sequence
+        outputs.extend(Output(which, changed(request, sequence=first + j), shares) for j in range(n))
     return outputs
 
 
@@ -86,6 +83,5 @@ def requests(model: Any, outputs: Sequence[Output], runner: Runner) -> Iterator[
             if output.prompt != of:
                 state = prefill(model, request.prompt, request.state, window=request.window, runner=runner)
                 of = output.prompt
-            request = copy.copy(request)
-            request.prompt, request.state = (), state
+            request = changed(request, prompt=(), state=state)
         yield request

@@ -42,6 +42,13 @@ class Request:
     window: int | None = None
 
 
+def changed(request: Request, **changes: object) -> Request:
+    """A copy of a request with other values of some fields; what is common to thousands is not checked for each."""
+    copy = object.__new__(Request)
+    copy.__dict__.update(request.__dict__, **changes)
+    return copy
+
+
 class _Ids:
     """A list of ids that may be given as a memoryview, and becomes a list when it is first looked at.
 

@@ -84,7 +84,8 @@ class SamplingParams:
 
     def numbers(self) -> KernelNumbers:
         """The numbers that the ``sample`` op takes."""
-        return KernelNumbers(scale(self.temperature), top_k(self.top_k), top_p(self.top_p), min_p(self.min_p))
+        values = (self.temperature, self.top_k, self.top_p, self.min_p)
+        return _cached_numbers(*values) if _NUMBERS.issuperset(map(type, values)) else _numbers(*values)
 
 
 def _real(name: str, value: float) -> float:
@@ -164,20 +165,21 @@ def _rows(name: str, value: object, rows: int, device: torch.device, convert: Ca
     return torch.tensor([known[v] for v in value], dtype=dtype, device=device)
 
 
+def _numbers(*values: float) -> KernelNumbers:
+    """Of temperature, top_k, top_p and min_p."""
+    return KernelNumbers(*(convert(value) for convert, value in zip((scale, top_k, top_p, min_p), values)))
+
+
+_NUMBERS = frozenset((int, float))
+_cached_numbers = functools.lru_cache(maxsize=1024, typed=True)(_numbers)  # `typed`, for 1.0 is no top_k
+
 _PARAMETERS = {
     "temperature": (scale, torch.float32), "top_k": (top_k, torch.int64),
     "top_p": (top_p, torch.int64), "min_p": (min_p, torch.float32),
     "seed": (functools.partial(_bits, name="seed"), torch.int64),
     "sequence": (functools.partial(_bits, name="sequence"), torch.int64), "step": (_step, torch.int64),
 }  # fmt: skip
-_NUMBERS = frozenset((int, float))
 _SELDOM = ("temperature", "top_k", "top_p", "min_p", "seed")
-
-
-@functools.lru_cache(maxsize=128, typed=True)
-def _cached_numbers(*numbers: float) -> KernelNumbers:
-    """Of temperature, top_k, top_p and min_p; `typed`, for True and 1.0 are no top_k."""
-    return SamplingParams(*numbers).numbers()
 
 
 @functools.lru_cache(maxsize=128, typed=True)
