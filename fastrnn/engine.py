@@ -17,19 +17,17 @@ from torch import Tensor
 from . import backends, ops
 from .inference import Inference, join, take
 from .network import State
-from .request import BATCH_ROWS, Completion, Request, check_request, signed
+from .request import BATCH_ROWS, Completion, Pending, Request, Taken, signed
 from .sampling import STATUS_TEXTS
-from .sequence import SequenceState, window_tail
+from .sequence import window_tail
 
 
 class _Row:
     """Host side of one running request."""
 
-    def __init__(self, index: int, request: Request, prompt: Tensor) -> None:
-        self.request, self.prompt, self.state = request, prompt, request.state
-        length = len(prompt) + (request.state.length if request.state else 0)
-        self.mode_of = request.sampling.mode_of
-        self.completion = Completion(index, [], [] if request.logprobs else None, length)
+    def __init__(self, taken: Taken) -> None:
+        self.request, self.prompt, self.state = taken.request, taken.prompt, taken.request.state
+        self.mode_of, self.completion = taken.request.sampling.mode_of, taken.completion()
 
 
 class Engine:
@@ -44,9 +42,7 @@ class Engine:
         self.network, self.inference = network, inference
         self.windowed = network.config.state == "window"
         self.batch_rows = batch_rows or BATCH_ROWS
-        self.pending = enumerate(requests)
-        self.exhausted = False  # no request is pending
-        self.known_state: SequenceState | None = None  # the last one that was checked: requests often share it
+        self.pending = Pending(requests, network)
         self.rows: list[_Row] = []
         self.ended: set[int] = set()  # which of the rows have a finish_reason
         # Of the rows, in their order, so that a step costs no Python loop over them: the index of the request, the list
@@ -75,7 +71,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a request is running or may be pending."""
-        return bool(self.rows) or not self.exhausted
+        return bool(self.rows) or not self.pending.exhausted
 
     @torch.inference_mode()
     def take_completions(self) -> list[Completion]:
@@ -130,18 +126,11 @@ class Engine:
     def _admit(self) -> list[Tensor]:
         """Prefill the next requests into the free places: a list with their logits (k, V), or an empty one."""
         new: list[_Row] = []
-        while len(self.rows) + len(new) < self.batch_rows:
-            index, request = next(self.pending, (-1, None))
-            if request is None:
-                self.exhausted = True
-                break
-            row = _Row(index, request, check_request(request, self.network, self.known_state))
-            self.known_state = request.state
-            if request.max_new_tokens == 0:
-                row.completion.finish_reason = "length"
-                self.completions.append(row.completion)
+        while len(self.rows) + len(new) < self.batch_rows and (taken := self.pending.take()) is not None:
+            if taken.request.max_new_tokens == 0:
+                self.completions.append(taken.completion("length"))
             else:
-                new.append(row)
+                new.append(_Row(taken))
         if not new:
             return []
         logits = self._prefill(new)

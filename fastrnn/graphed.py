@@ -2,15 +2,16 @@
 
 It does what `engine.Engine` does without a word from the host for 32 to 128 tokens of all rows: that many steps are one
 CUDA graph, in which rows that have ended take prepared requests from a queue. Then the host reads what has been drawn
-and fills the queue. Where Triton interprets its kernels, for their tests, the same steps are launched one by one.
+and fills the queue. A generation leaves its loop to the next one of the same network and shape, which need not capture
+its graphs again. Where Triton interprets its kernels, for their tests, the same steps are launched one by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -22,15 +23,19 @@ from torch import Tensor
 from . import backends
 from .inference import Inference, join
 from .network import Network, State
-from .request import BATCH_ROWS, Completion, Request, check_request, signed
+from .request import BATCH_ROWS, Completion, Pending, Request, Taken, signed
 from .sampling import STATUS_TEXTS
 from .sequence import SequenceState
 
 if TYPE_CHECKING:
-    from .kernels.generate import Kind
+    from .kernels.generate import Kind, Loop, Weights
 
 SIZES = (32, 64, 128)  # tokens of a graph
 QUEUE = 4  # slots of the queue for each row
+KEPT_LOOPS = 4  # of a network; the one whose last use is longest ago goes
+
+# The loops that no generation uses, by what they have fixed; the one used last stands last.
+_idle: weakref.WeakKeyDictionary[Network, dict[tuple, Loop]] = weakref.WeakKeyDictionary()
 
 
 def _kernels():
@@ -42,6 +47,13 @@ def tokens_at_once(longest: int, events: bool, graphs: bool) -> int:
     the smallest where each token is looked at. Without graphs no more than that, but an even number."""
     size = SIZES[0] if events else next((size for size in SIZES if size >= longest), SIZES[-1])
     return size if graphs else min(size, longest + longest % 2)
+
+
+def fixed(weights: Weights, *sizes: int) -> tuple:
+    """What a loop of some sizes and its graphs have fixed; of the weights, where they lie, but for the table."""
+    parts = (*(part for layer in weights.layers for part in layer), weights.head, weights.bias)
+    places = (part if part is None else (part.data_ptr(), part.shape, part.dtype) for part in parts)
+    return *sizes, weights.cell, weights.table.shape, weights.table.dtype, weights.table.device, *places
 
 
 class DeviceNetwork:
@@ -61,9 +73,31 @@ class DeviceNetwork:
                 config.cell, inputs, weights, network.rnn.bias, head.weight.detach(), bias
             )
 
+    def borrow(self, rows: int, user: object) -> Loop:
+        """A loop of so many rows that is the user's alone as long as the user lives: an idle one if there is one."""
+        Loop, sizes = _kernels().Loop, (rows, QUEUE * rows, SIZES[-1])
+        key = fixed(self.weights, *sizes)
+        loop = _idle.setdefault(self.network, {}).pop(key, None)
+        if loop is None:
+            loop = Loop(self.weights, *sizes)
+        else:
+            loop.restart(self.weights)
+        weakref.finalize(user, _give_back, weakref.ref(self.network), key, loop).atexit = False
+        return loop
+
     def read(self, prompt: Tensor, state: SequenceState | None, window: int | None) -> tuple[State, Tensor, Tensor]:
         """(hidden, logits, tail) after ``prompt``, 1-D int64, from ``state``: the parts of a `SequenceState`."""
         return self.inference.read(prompt, state, window)
+
+
+def _give_back(of: weakref.ref[Network], key: tuple, loop: Loop) -> None:
+    """Keep a loop that has lost its user, as long as its network lives."""
+    if (network := of()) is not None:
+        idle = _idle.setdefault(network, {})
+        idle.pop(key, None)
+        idle[key] = loop
+        if len(idle) > KEPT_LOOPS:
+            del idle[next(iter(idle))]
 
 
 @dataclasses.dataclass
@@ -85,12 +119,8 @@ class GraphedEngine:
         self, runner: DeviceNetwork, requests: Iterable[Request], batch_rows: int | None = None, *, events: bool = True
     ) -> None:
         self.network, self.inference, self.events = runner.network, runner.inference, events
-        rows = batch_rows or BATCH_ROWS
-        first = list(itertools.islice(requests := iter(requests), rows))
-        self.pending = enumerate(itertools.chain(first, requests))
-        self.rows = max(1, len(first))
-        self.exhausted = False  # no request is pending
-        self.known_state: SequenceState | None = None  # the last one that was checked: requests often share it
+        self.pending = Pending(requests, self.network)
+        self.rows = self.pending.rows(batch_rows or BATCH_ROWS)
         self.first, self.waiting = 0, 0  # the queue: slot of the first request that has no row yet, and how many wait
         self.wanted = 2 * self.rows  # how many should be waiting, so that no row is idle before the next look
         self.live: dict[int, _Live] = {}  # under way, those in the queue too
@@ -98,12 +128,12 @@ class GraphedEngine:
         self.finished: dict[int, _Live] = {}  # not yet taken
         self.stopped: dict[int, int] = {}  # index -> how many tokens it had when it was stopped
         self.released: list[int] = []  # stopped while in a row
-        self.loop = _kernels().Loop(runner.weights, self.rows, QUEUE * self.rows, SIZES[-1])
+        self.loop = runner.borrow(self.rows, self)
 
     @property
     def busy(self) -> bool:
         """Whether a request is running or may be pending, or results wait to be taken."""
-        return bool(self.live or self.finished) or not self.exhausted
+        return bool(self.live or self.finished) or not self.pending.exhausted
 
     def stop(self, index: int) -> None:
         """End request ``index`` after the tokens that were looked at, with finish_reason ``stop`` unless those are all
@@ -144,24 +174,16 @@ class GraphedEngine:
 
     def _feed(self) -> None:
         """Prepare requests until ``wanted`` of them wait; those before a bad one too, which raises."""
-        new: list[tuple[int, Request, Tensor]] = []
+        new: list[Taken] = []
         try:
-            while not self.exhausted and self.waiting + len(new) < self.wanted:
-                index, request = next(self.pending, (-1, None))
-                if request is None:
-                    self.exhausted = True
-                    break
-                prompt = check_request(request, self.network, self.known_state)
-                self.known_state = state = request.state
-                length = len(prompt) + (state.length if state else 0)
-                row = _Live(request, Completion(index, [], [] if request.logprobs else None, length))
+            while self.waiting + len(new) < self.wanted and (taken := self.pending.take()) is not None:
+                index, request, _ = taken
                 if request.max_new_tokens == 0:
-                    row.completion.finish_reason = "length"
-                    self.finished[index] = row
+                    self.finished[index] = _Live(request, taken.completion("length"))
                     continue
-                self.live[index] = row
+                self.live[index] = _Live(request, taken.completion())
                 self.kinds[self._kind(request)] += 1
-                new.append((index, request, prompt))
+                new.append(taken)
         finally:
             if new:
                 self._put(new)
@@ -173,7 +195,7 @@ class GraphedEngine:
         modes = (request.sampling.mode_of,)
         return _kernels().Kind(filters, request.repetition_penalty != 1, request.logprobs, modes)
 
-    def _put(self, new: list[tuple[int, Request, Tensor]]) -> None:
+    def _put(self, new: list[Taken]) -> None:
         """Write requests, and their states after their prompts, into the queue."""
         widest = max(len(request.eos) for _, request, _ in new)
         self.loop.widen(widest)
@@ -195,7 +217,7 @@ class GraphedEngine:
         )  # fmt: skip
         self.waiting += len(new)
 
-    def _seen(self, new: list[tuple[int, Request, Tensor]]) -> Tensor | None:
+    def _seen(self, new: list[Taken]) -> Tensor | None:
         """(n, V) bool: the ids that have occurred in each request, or None while nobody asks."""
         if any(request.repetition_penalty != 1 for _, request, _ in new):
             self.loop.remember_seen()

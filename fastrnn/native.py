@@ -8,7 +8,6 @@ the CPU; the loop on a GPU keeps its weights, states and queue there.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .backends import function
 from .network import Network, State
-from .request import BATCH_ROWS, Completion, Request, check_request, signed
+from .request import BATCH_ROWS, Completion, Pending, Request, Taken, signed
 from .sampling import STATUS_TEXTS
 from .sequence import SequenceState, window_tail
 
@@ -84,12 +83,8 @@ class NativeEngine:
     ) -> None:
         self.packed, self.network, self.events = packed, packed.network, events
         self.windowed = self.network.config.state == "window"
-        rows = batch_rows or BATCH_ROWS
-        first = list(itertools.islice(requests := iter(requests), rows))
-        self.pending = enumerate(itertools.chain(first, requests))
-        self.rows = max(1, len(first))
-        self.exhausted = False  # no request is pending
-        self.known_state: SequenceState | None = None
+        self.pending = Pending(requests, self.network)
+        self.rows = self.pending.rows(batch_rows or BATCH_ROWS)
         self.waiting = 0  # requests given to the session that have no row yet
         self.wanted = 2 * self.rows  # how many should be waiting, so that no row is idle before the next call
         self.live: dict[int, tuple[int, bool]] = {}  # index -> prompt_tokens, logprobs; of requests under way
@@ -103,7 +98,7 @@ class NativeEngine:
     @property
     def busy(self) -> bool:
         """Whether a request is running or may be pending, or results wait to be taken."""
-        return bool(self.live or self.completions) or not self.exhausted
+        return bool(self.live or self.completions) or not self.pending.exhausted
 
     def step(self) -> Iterator[tuple[int, int]]:
         """Run for a while; an iterator over the (index, token) pairs drawn, of those requests that `stop` has not
@@ -114,7 +109,7 @@ class NativeEngine:
         streams = (STREAM_MICROSECONDS, STREAM_STEPS[self.packed.backend])
         time, steps = streams if self.events else (SLICE_MICROSECONDS, 0)
         results, tokens, logprobs, events, waiting = self.packed.op("run")(
-            _NOTHING, self.session, time, steps, not self.exhausted, self.events
+            _NOTHING, self.session, time, steps, not self.pending.exhausted, self.events
         )
         before, self.waiting = self.waiting, int(waiting[0])
         self.wanted = max(2 * self.rows, 2 * (before - self.waiting))
@@ -167,19 +162,12 @@ class NativeEngine:
         """Give the session requests until ``wanted`` of them wait; those before a bad one too, which raises."""
         batch = _Batch()
         try:
-            while not self.exhausted and self.waiting < self.wanted:
-                index, request = next(self.pending, (-1, None))
-                if request is None:
-                    self.exhausted = True
-                    break
-                prompt = check_request(request, self.network, self.known_state)
-                self.known_state = state = request.state
-                tokens = len(prompt) + (state.length if state else 0)
-                if request.max_new_tokens == 0:
-                    self.completions.append(Completion(index, [], [] if request.logprobs else None, tokens, "length"))
+            while self.waiting < self.wanted and (taken := self.pending.take()) is not None:
+                if taken.request.max_new_tokens == 0:
+                    self.completions.append(taken.completion("length"))
                     continue
-                batch.add(index, request, prompt, request.window or self.network.config.window or 0)
-                self.live[index] = tokens, request.logprobs
+                batch.add(taken, taken.request.window or self.network.config.window or 0)
+                self.live[taken.index] = taken.prompt_tokens, taken.request.logprobs
                 self.waiting += 1
         finally:
             batch.give(self.packed.op("add"), self.session)
@@ -192,7 +180,8 @@ class _Batch:
         self.numbers, self.reals, self.ids = array("q"), array("f"), array("q")
         self.states: list[SequenceState] = []  # each once where neighbours share one
 
-    def add(self, index: int, request: Request, prompt: Tensor, window: int) -> None:
+    def add(self, taken: Taken, window: int) -> None:
+        index, request, prompt = taken
         state, kernel, penalty = request.state, request.sampling.numbers(), request.repetition_penalty
         if state is not None and not (self.states and self.states[-1] is state):
             self.states.append(state)

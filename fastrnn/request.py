@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,3 +129,46 @@ def check_request(request: Request, network: Network, known_state: SequenceState
 def signed(number: int) -> int:
     """The 64 bits of an integer read as int64."""
     return number - 2**64 if number >= 2**63 else number
+
+
+class Taken(NamedTuple):
+    """A request that a loop has taken, and its prompt as `check_request` gives it."""
+
+    index: int
+    request: Request
+    prompt: Tensor
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Ids read before the first token is drawn."""
+        return len(self.prompt) + (self.request.state.length if self.request.state else 0)
+
+    def completion(self, finish_reason: str = "") -> Completion:
+        """What comes of it, as yet without tokens."""
+        return Completion(self.index, [], [] if self.request.logprobs else None, self.prompt_tokens, finish_reason)
+
+
+class Pending:
+    """A caller's requests in their order, each read and checked when it is taken."""
+
+    def __init__(self, requests: Iterable[Request], network: Network) -> None:
+        self.network, self.requests, self.count = network, iter(requests), 0
+        self.exhausted = False  # there are no more
+        self.known_state: SequenceState | None = None  # the last one that was checked: requests often share it
+
+    def rows(self, most: int) -> int:
+        """How many rows the requests fill, at least 1; reads so many ahead."""
+        first = list(itertools.islice(self.requests, most))
+        self.requests = itertools.chain(first, self.requests)
+        return max(1, len(first))
+
+    def take(self) -> Taken | None:
+        """The next request, or None; `ValueError` for a bad one, which counts as taken."""
+        request = None if self.exhausted else next(self.requests, None)
+        if request is None:
+            self.exhausted = True
+            return None
+        self.count += 1
+        prompt = check_request(request, self.network, self.known_state)
+        self.known_state = request.state
+        return Taken(self.count - 1, request, prompt)

@@ -1,8 +1,9 @@
 """What the kernels of every cell share on the device: the two nonlinearities, masks, tiles and products.
 
 Names: ``p_`` pointers, ``i_`` program indices, ``o_`` offsets, ``m_`` masks. A *row* is one sequence at one step,
-counted as ``t * B + b`` in 64 bits. Arithmetic is in float32; only loads, stores and the operands of products have
-the tensors' dtype.
+counted as ``t * B + b``. A program's rows follow each other: ``row`` is the first of them, and as the only number of
+64 bits it is one for all threads; ``o_b`` counts on from it. Arithmetic is in float32; only loads, stores and the
+operands of products have the tensors' dtype.
 """
 
 import triton
@@ -30,6 +31,12 @@ def tanh(x):
     e = tl.exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)
     return tl.where(size < 0.5, x + x * square * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tile_of(p, row, o_b, o_n, WIDTH: tl.constexpr):
+    """Pointers to columns o_n of the rows ``row + o_b`` of WIDTH numbers each."""
+    return p + row * WIDTH + (o_b[:, None] * WIDTH + o_n[None, :])
 
 
 @triton.jit
@@ -93,12 +100,16 @@ def add_product(
 
 
 @triton.jit
-def first_row(o_b, T, B, BACKWARDS: tl.constexpr):
-    """The rows of the first step taken, 64 bits wide."""
+def first_row(first_b, T, B, BACKWARDS: tl.constexpr):
+    """The first row of the first step taken.
+
+    There is one: a loop over steps that might not run would have what is computed after it kept from before it.
+    """
+    tl.assume(T > 0)
     if BACKWARDS:
-        return o_b.to(tl.int64) + (T - 1).to(tl.int64) * B
+        return first_b + (T - 1).to(tl.int64) * B
     else:
-        return o_b.to(tl.int64)
+        return first_b
 
 
 @triton.jit
@@ -111,40 +122,45 @@ def step_index(s, T, BACKWARDS: tl.constexpr):
 
 
 @triton.jit
-def load_lengths(p_lengths, o_b, m_b, T):
+def load_lengths(p_lengths, first_b, o_b, m_b, T):
     """The number of steps of each sequence; 0 for rows beyond the batch, so that they never have a step."""
     if p_lengths is None:
         return tl.where(m_b, T, 0)
     else:
-        return tl.load(p_lengths + o_b, m_b, other=0).to(tl.int32)
+        return tl.load(p_lengths + first_b + o_b, m_b, other=0).to(tl.int32)
 
 
 @triton.jit
-def input_rows(p_ids, row, m_b):
-    """Where the inputs of rows stand: at their own places, or at those that ids name in a table."""
+def has_step(p_lengths, length, m_b, s, T, BACKWARDS: tl.constexpr):
+    """Which sequences have the s-th step taken, s < T."""
+    if p_lengths is None:
+        return m_b
+    else:
+        return step_index(s, T, BACKWARDS) < length
+
+
+@triton.jit
+def input_rows(p_ids, first_b, o_b, m_b):
+    """Where the inputs of a single step stand: at the sequences' own places, or at those that ids name in a table."""
     if p_ids is None:
-        return row
+        return first_b + o_b
     else:
-        return tl.load(p_ids + row, m_b, other=0)
+        return tl.load(p_ids + first_b + o_b, m_b, other=0)
 
 
 @triton.jit
-def unless_fresh(p_reset, row, exists, value):
-    """`value`, with zeros for the rows that start afresh at this step."""
+def load_fresh(p_reset, row, o_b, m_b):
+    """Which rows start afresh at their step."""
     if p_reset is None:
-        return value
+        return o_b < 0
     else:
-        fresh = tl.load(p_reset + row, exists, other=0) != 0
-        return tl.where(fresh[:, None], 0.0, value)
+        return tl.load(p_reset + row + o_b, m_b, other=0) != 0
 
 
 @triton.jit
-def starting_mask(p_reset, row, exists):
-    """The rows whose state counts at this step: those that exist and do not start afresh."""
-    if p_reset is None:
-        return exists
-    else:
-        return exists & (tl.load(p_reset + row, exists, other=1) == 0)
+def unless(fresh, value):
+    """`value`, with zeros in the rows that start afresh."""
+    return tl.where(fresh[:, None], 0.0, value)
 
 
 @triton.jit
@@ -157,11 +173,11 @@ def is_first(t, length, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_previous(p_states, p_first, row_before, o_b, o_n, first, exists, m_n, WIDTH: tl.constexpr):
+def load_previous(p_states, p_first, row_before, first_b, o_b, o_n, first, exists, m_n, WIDTH: tl.constexpr):
     """The states that a step started from: those of the step before it, or the initial ones where it is the first."""
     m_before, m_first = (exists & ~first)[:, None] & m_n[None, :], (exists & first)[:, None] & m_n[None, :]
-    before = load_float(p_states + row_before[:, None] * WIDTH + o_n[None, :], m_before)
-    return before + load_float(p_first + o_b.to(tl.int64)[:, None] * WIDTH + o_n[None, :], m_first)
+    before = tl.load(tile_of(p_states, row_before, o_b, o_n, WIDTH), m_before, other=0.0)
+    return tl.where(m_first, tl.load(tile_of(p_first, first_b, o_b, o_n, WIDTH), m_first, other=0.0), before)
 
 
 @triton.jit
@@ -180,43 +196,43 @@ def meet(p_turn, arrivals, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def load_gates(p, row, o_n, m, H: tl.constexpr):
-    """Four tiles that stand H apart in rows of 4 H."""
-    at = p + row[:, None] * (4 * H) + o_n[None, :]
-    i, f = tl.load(at, m, other=0.0), tl.load(at + H, m, other=0.0)
-    return i, f, tl.load(at + 2 * H, m, other=0.0), tl.load(at + 3 * H, m, other=0.0)
+def load_gates(p, m, H: tl.constexpr):
+    """Four tiles that stand H apart; p points to the first."""
+    i, f = tl.load(p, m, other=0.0), tl.load(p + H, m, other=0.0)
+    return i, f, tl.load(p + 2 * H, m, other=0.0), tl.load(p + 3 * H, m, other=0.0)
 
 
 @triton.jit
-def store_gates(p, row, o_n, m, i, f, g, o, H: tl.constexpr):
+def store_gates(p, m, i, f, g, o, H: tl.constexpr):
     """Store what `load_gates` loads."""
-    at = p + row[:, None] * (4 * H) + o_n[None, :]
-    store_as(at, i, m)
-    store_as(at + H, f, m)
-    store_as(at + 2 * H, g, m)
-    store_as(at + 3 * H, o, m)
+    store_as(p, i, m)
+    store_as(p + H, f, m)
+    store_as(p + 2 * H, g, m)
+    store_as(p + 3 * H, o, m)
 
 
 @triton.jit
-def copy_tiles(p_from, p_to, row_b, m_b, n_first, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, BN: tl.constexpr):
+def copy_tiles(p_from, p_to, first_b, o_b, m_b, n_first, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
+               BN: tl.constexpr):  # fmt: skip
     """Copy this program's tiles of a state, each in its memory's dtype."""
     for n in range(n_first, WIDTH, PROGRAMS * BN):
         o_n = n + tl.arange(0, BN)
-        m, at = m_b[:, None] & (o_n < WIDTH)[None, :], row_b[:, None] * WIDTH + o_n[None, :]
-        store_as(p_to + at, load_float(p_from + at, m), m)
+        m = m_b[:, None] & (o_n < WIDTH)[None, :]
+        value = load_float(tile_of(p_from, first_b, o_b, o_n, WIDTH), m)
+        store_as(tile_of(p_to, first_b, o_b, o_n, WIDTH), value, m)
 
 
 @triton.jit
-def finish_state(p_y, p_old, p_new, row, row_b, o_n, m, exists, h_next, P: tl.constexpr):
+def finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, P: tl.constexpr):
     """A step's h into y and into the next state; where a row has no such step, 0 and the old state."""
-    at, there = row_b[:, None] * P + o_n[None, :], exists[:, None]
-    store_as(p_y + row[:, None] * P + o_n[None, :], tl.where(there, h_next, 0.0), m)
-    store_as(p_new + at, tl.where(there, h_next, load_float(p_old + at, m)), m)
+    there, old = exists[:, None], load_float(tile_of(p_old, first_b, o_b, o_n, P), m)
+    store_as(tile_of(p_y, row, o_b, o_n, P), tl.where(there, h_next, 0.0), m)
+    store_as(tile_of(p_new, first_b, o_b, o_n, P), tl.where(there, h_next, old), m)
 
 
 @triton.jit
 def add_back(
-    p_da, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, K: tl.constexpr, WIDTH: tl.constexpr,
+    p_da, p_dh, p_w, row, first_b, o_b, exists, fresh, n_first, K: tl.constexpr, WIDTH: tl.constexpr,
     CARRY: tl.constexpr, PROGRAMS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles of the gradient of the state before a step: K gradients of pre-activations times W_hh.
@@ -226,11 +242,11 @@ def add_back(
     """
     for n in range(n_first, WIDTH, PROGRAMS * BN):
         o_n = n + tl.arange(0, BN)
-        m, at = exists[:, None] & (o_n < WIDTH)[None, :], row_b[:, None] * WIDTH + o_n[None, :]
+        m, p = exists[:, None] & (o_n < WIDTH)[None, :], tile_of(p_dh, first_b, o_b, o_n, WIDTH)
         if CARRY:
-            back = load_float(p_dh + at, m)
+            back = load_float(p, m)
         else:
-            back = tl.zeros((m_b.shape[0], BN), tl.float32)
-        back = add_product(back, p_da, row * K, exists, K, p_w, o_n, WIDTH, WIDTH, 1, BK, PRECISION)
-        tl.store(p_dh + at, unless_fresh(p_reset, row, exists, back), m)
+            back = tl.zeros((o_b.shape[0], BN), tl.float32)
+        back = add_product(back, p_da + row * K, o_b * K, exists, K, p_w, o_n, WIDTH, WIDTH, 1, BK, PRECISION)
+        tl.store(p, unless(fresh, back), m)
     tl.debug_barrier()

@@ -10,6 +10,7 @@ A row's tokens do not depend on the rows beside it: the blocks of all products d
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import NamedTuple
 
@@ -21,8 +22,7 @@ from torch.nn.functional import linear
 
 from . import gru, lstm, rnn, tuning
 from .head import head_draw
-from .launch import Variant, precision, run
-from .launch import _variant as cell_variant
+from .launch import Variant, precision, run, variant
 from .sample import on_device, sample
 
 # The integer columns of a row: numbers[COLUMN, row]. Behind them stand the ids that end it, -1 where there are fewer.
@@ -33,6 +33,7 @@ REAL_COLUMNS = tl.constexpr(len(REALS))
 FIRST_EOS = tl.constexpr(len(COLUMNS))
 
 ROWS = 16  # the batch in memory is a multiple of this: whole blocks of the products, aligned rows
+KEPT_GRAPHS = 8  # of a loop; the one whose last use is longest ago goes
 TABLE_BYTES = 64 << 20  # a larger table of the first layer's pre-activations costs more memory than its product time
 
 
@@ -166,28 +167,21 @@ class Loop:
     """The rows and the queue of a generation loop in the memory of a device, and the launches that run it.
 
     The caller fills queue slots (`put`), says how many wait (`offer`), runs a number of tokens (`run`) and reads
-    `events` (2, tokens, rows): item or -1, and token or -status; and `logprobs`.
+    `events` (2, tokens, rows): item or -1, and token or -status; and `logprobs`. After `restart` it runs another
+    generation, with the graphs that it has.
     """
 
     def __init__(self, weights: Weights, rows: int, capacity: int, tokens: int, eos: int = 1) -> None:
         head = weights.head
-        self.weights, self.used, self.rows, self.capacity = weights, rows, ROWS * tuning.cdiv(rows, ROWS), capacity
-        self.device, self.tokens = head.device, tokens
+        self.used, self.rows, self.capacity = rows, ROWS * tuning.cdiv(rows, ROWS), capacity
+        self.device, self.tokens, self.graphed = head.device, tokens, head.device.type == "cuda"
         self.vocabulary, self.hidden, self.layers = *head.shape, len(weights.layers)
-        parts = self.layers * (2 if weights.cell == "lstm" else 1)
-
-        def whole(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=self.device)
-
-        def like(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=head.dtype, device=self.device)
-
-        width = len(COLUMNS) + eos
+        self.weights = weights._replace(table=torch.empty_like(weights.table))  # a table of its own, see `restart`
+        parts, width = self.layers * (2 if weights.cell == "lstm" else 1), len(COLUMNS) + eos
+        whole = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
+        like = functools.partial(torch.zeros, dtype=head.dtype, device=self.device)
         self.numbers, self.next_numbers = whole(width, self.rows), whole(width, capacity)
-        self.numbers[COLUMNS.index("item")] = -1
-        self.numbers[COLUMNS.index("mode_of")] = 1
         self.reals, self.next_reals = (whole(len(REALS), n).float() for n in (self.rows, capacity))
-        self.reals.fill_(1)
         self.states = like(2, parts, self.rows, self.hidden)  # a step reads one and writes the other
         self.next_state = like(parts, capacity, self.hidden)
         self.y = like(self.layers, self.rows, self.hidden)
@@ -196,8 +190,18 @@ class Loop:
         self.taken = torch.zeros(2, dtype=torch.int32, device=self.device)  # of the queue, and how many there are
         self.events = whole(2, tokens, self.rows)
         self.logprobs = whole(tokens, self.rows).float()
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}  # the one used last stands last
         self.ran: set[Kind] = set()  # kinds whose kernels are compiled
+        self.restart(weights)
+
+    def restart(self, weights: Weights) -> None:
+        """Rows without work, and the numbers of a table that its weights have now; the others lie where they lay."""
+        self.weights.table.copy_(weights.table)
+        for part in (self.numbers, self.states, self.taken):
+            part.zero_()
+        self.column("item").fill_(-1)
+        self.column("mode_of").fill_(1)
+        self.reals.fill_(1)
 
     def column(self, name: str) -> Tensor:
         """A column of the rows (rows,)."""
@@ -207,17 +211,15 @@ class Loop:
         """Room for ``eos`` ids that end a row."""
         lacking = len(COLUMNS) + eos - self.numbers.shape[0]
         if lacking > 0:
-            fill = [torch.full((lacking, part.shape[1]), -1, device=self.device) for part in
-                    (self.numbers, self.next_numbers)]  # fmt: skip
-            self.numbers = torch.cat([self.numbers, fill[0]])
-            self.next_numbers = torch.cat([self.next_numbers, fill[1]])
+            both = self.numbers, self.next_numbers
+            wider = (torch.cat([part, part.new_full((lacking, part.shape[1]), -1)]) for part in both)
+            self.numbers, self.next_numbers = wider
             self._forget()
 
     def remember_seen(self) -> None:
         """Keep from now on which ids have occurred."""
         if self.seen is None:
-            shape = (self.rows + self.capacity, self.vocabulary)
-            seen = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            seen = self.numbers.new_zeros(self.rows + self.capacity, self.vocabulary, dtype=torch.uint8)
             self.seen, self.next_seen = seen[: self.rows], seen[self.rows :]
             self._forget()
 
@@ -248,16 +250,19 @@ class Loop:
 
     def run(self, tokens: int, kind: Kind) -> None:
         """``tokens`` (an even number) for every row: as launches the first time, then as a graph of them."""
-        if self.device.type != "cuda" or kind not in self.ran:
+        if not self.graphed or kind not in self.ran:
             self.ran.add(kind)
             self._launch(tokens, kind)
             return
-        if (tokens, kind) not in self.graphs:
+        key = tokens, kind, precision(self.states)
+        if (graph := self.graphs.pop(key, None)) is None:
             graph = torch.cuda.CUDAGraph()
             with on_device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._launch(tokens, kind)
-            self.graphs[tokens, kind] = graph
-        self.graphs[tokens, kind].replay()
+        self.graphs[key] = graph
+        if len(self.graphs) > KEPT_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
+        graph.replay()
 
     def _launch(self, tokens: int, kind: Kind) -> None:
         with on_device(self.device):
@@ -370,7 +375,7 @@ def _step_variant(cell: str, kernel, dtype: torch.dtype, hidden: int, products: 
     """A step whose inputs are rows of a table, of their products with W_ih in float32 or of themselves."""
     plan = tuning.token_step(cell, hidden, 64, dtype)
     constants = dict(RELU=False) if cell == "rnn" else {}
-    bare = cell_variant(f"{cell}/step/{_TYPES[dtype]}/{hidden}/ids", kernel, plan, dtype, hidden, constants)
+    bare = variant("", kernel, plan, dtype, hidden, False, constants)
     signature, fixed = dict(bare.signature) | {"p_ids": "*i64"}, dict(bare.constexprs)
     fixed.pop("p_ids")
     absent = ["p_gates", "p_cells", "p_reset", *(["p_w_ih", "p_b_ih"] if products else [])]

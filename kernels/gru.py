@@ -12,17 +12,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import tuning
+from . import launch, tuning
 from .cell_math import (
     add_back,
     copy_tiles,
     counted,
     finish_state,
     first_row,
+    has_step,
     input_rows,
     is_first,
     load_bias,
     load_float,
+    load_fresh,
     load_gates,
     load_lengths,
     load_previous,
@@ -30,26 +32,12 @@ from .cell_math import (
     load_weight,
     meet,
     sigmoid,
-    starting_mask,
     step_index,
     store_as,
     store_gates,
     tanh,
-    unless_fresh,
-)
-from .launch import (
-    Variant,
-    check_shapes,
-    contiguous,
-    flag,
-    floats,
-    like,
-    precision,
-    previous,
-    processors,
-    run,
-    variants_of,
-    weight_gradient,
+    tile_of,
+    unless,
 )
 
 
@@ -69,10 +57,9 @@ def cell_gradient(dh, r, z, n, q, h):
 
 
 @triton.jit
-def load_input(p_gx, row, o_n, m, H: tl.constexpr):
-    """The input's parts of r, z and n: three tiles that stand H apart in rows of 3 H."""
-    at = p_gx + row[:, None] * (3 * H) + o_n[None, :]
-    return tl.load(at, m, other=0.0), tl.load(at + H, m, other=0.0), tl.load(at + 2 * H, m, other=0.0)
+def load_input(p, m, H: tl.constexpr):
+    """The input's parts of r, z and n: three tiles that stand H apart; p points to the first."""
+    return tl.load(p, m, other=0.0), tl.load(p + H, m, other=0.0), tl.load(p + 2 * H, m, other=0.0)
 
 
 @triton.jit
@@ -83,12 +70,12 @@ def load_biases(p_b, o_n, m_n, H: tl.constexpr):
 
 
 @triton.jit
-def keep_step(p_gates, row, o_n, m, exists, r, z, n, q, H: tl.constexpr):
+def keep_step(p_gates, row, o_b, o_n, m, exists, r, z, n, q, H: tl.constexpr):
     """What backward needs of a step, if it is wanted; zeros where a row has no such step."""
     if p_gates is not None:
         there = exists[:, None]
         r, z, n, q = tl.where(there, r, 0.0), tl.where(there, z, 0.0), tl.where(there, n, 0.0), tl.where(there, q, 0.0)
-        store_gates(p_gates, row, o_n, m, r, z, n, q, H)
+        store_gates(tile_of(p_gates, row, o_b, o_n, 4 * H), m, r, z, n, q, H)
 
 
 @triton.jit
@@ -105,7 +92,7 @@ def add_products(
     return a_r, a_z, a_n
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(**launch.SEQUENCE)
 def resident_forward_kernel(
     p_gx, p_h0, p_w, p_b, p_lengths, p_reset, p_y, p_hn, p_gates, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
     BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,34 +102,35 @@ def resident_forward_kernel(
     Owns: all results of BB sequences. Keeps: W_hh and h on chip. Moves: gx in, y and gates out. Syncs: none but
     those of the products. Limits: H <= BH, and W_hh must fit into one multiprocessor.
     """
-    o_b = tl.program_id(0) * BB + tl.arange(0, BB)
-    o_h, m_b = tl.arange(0, BH), o_b < B
+    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
+    m_b = first_b + o_b < B
     m = m_b[:, None] & (o_h < H)[None, :]
     w_r, w_z = load_weight(p_w, o_h, o_h, H, H, 1, H), load_weight(p_w + H * H, o_h, o_h, H, H, 1, H)
     w_n = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, 1, H)
     b_r, b_z, b_n = load_biases(p_b, o_h, o_h < H, H)
-    at_state = o_b.to(tl.int64)[:, None] * H + o_h[None, :]
-    h, length = load_float(p_h0 + at_state, m), load_lengths(p_lengths, o_b, m_b, T)
-    row, move = first_row(o_b, T, B, REVERSE), (-B if REVERSE else B)
-    x_r, x_z, x_n = load_input(p_gx, row, o_h, m, H)
+    h, length = load_float(tile_of(p_h0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, first_b, o_b, m_b, T)
+    row, move = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B)
+    h = unless(load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, REVERSE)), h)
+    x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_h, 3 * H), m, H)
     for s in range(T):
-        exists = step_index(s, T, REVERSE) < length
+        exists = has_step(p_lengths, length, m_b, s, T, REVERSE)
         a_r, a_z, a_n = x_r.to(tl.float32) + b_r, x_z.to(tl.float32) + b_z, x_n.to(tl.float32)
-        x_r, x_z, x_n = load_input(p_gx, row + move, o_h, m & (T > s + 1), H)  # of the next step, early
-        from_h = unless_fresh(p_reset, row, exists, h)
-        operand, q = from_h.to(w_r.dtype), tl.zeros((BB, BH), tl.float32) + b_n
+        # Of the next step, early.
+        fresh = load_fresh(p_reset, row + move, o_b, has_step(p_lengths, length, m_b, s + 1, T, REVERSE) & (T > s + 1))
+        x_r, x_z, x_n = load_input(tile_of(p_gx, row + move, o_b, o_h, 3 * H), m & (T > s + 1), H)
+        operand, q = h.to(w_r.dtype), tl.zeros((BB, BH), tl.float32) + b_n
         a_r = tl.dot(operand, w_r, a_r, input_precision=PRECISION)
         a_z = tl.dot(operand, w_z, a_z, input_precision=PRECISION)
         q = tl.dot(operand, w_n, q, input_precision=PRECISION)
-        r, z, n, h_next = cell(a_r, a_z, a_n, q, from_h)
-        store_as(p_y + row[:, None] * H + o_h[None, :], tl.where(exists[:, None], h_next, 0.0), m)
-        keep_step(p_gates, row, o_h, m, exists, r, z, n, q, H)
-        h = tl.where(exists[:, None], h_next, h)
+        r, z, n, h_next = cell(a_r, a_z, a_n, q, h)
+        store_as(tile_of(p_y, row, o_b, o_h, H), tl.where(exists[:, None], h_next, 0.0), m)
+        keep_step(p_gates, row, o_b, o_h, m, exists, r, z, n, q, H)
+        h = unless(fresh, tl.where(exists[:, None], h_next, h))
         row += move
-    store_as(p_hn + at_state, h, m)
+    store_as(tile_of(p_hn, first_b, o_b, o_h, H), h, m)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(**launch.SEQUENCE)
 def tiled_forward_kernel(
     p_gx, p_h0, p_w, p_b, p_lengths, p_reset, p_y, p_hn, p_gates, p_ring, p_h, p_turn, T, B, H: tl.constexpr,
     REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -155,31 +143,34 @@ def tiled_forward_kernel(
     (2, B, H), where steps take turns. Syncs: the group once a step. Limits: a group of more than one program needs a
     cooperative launch.
     """
-    o_b = tl.program_id(1) * BB + tl.arange(0, BB)
-    m_b, n_first, turn, row_b = o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1), o_b.to(tl.int64)
-    length = load_lengths(p_lengths, o_b, m_b, T)
-    copy_tiles(p_h0, p_ring, row_b, m_b, n_first, H, PROGRAMS, BN)
-    copy_tiles(p_h0, p_h, row_b, m_b, n_first, H, PROGRAMS, BN)
+    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
+    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
+    copy_tiles(p_h0, p_ring, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
+    copy_tiles(p_h0, p_h, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move, half = first_row(o_b, T, B, REVERSE), (-B if REVERSE else B), B.to(tl.int64) * H
+    row, move, half = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B), B.to(tl.int64) * H
     for s in range(T):
-        exists = step_index(s, T, REVERSE) < length
-        m_from, p_old, p_new = starting_mask(p_reset, row, exists), p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
+        exists = has_step(p_lengths, length, m_b, s, T, REVERSE)
+        m_from = exists & ~load_fresh(p_reset, row, o_b, exists)
+        p_old, p_new = p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for i_n in range(n_first, H, PROGRAMS * BN):
             o_n = i_n + tl.arange(0, BN)
-            m, at = m_b[:, None] & (o_n < H)[None, :], row_b[:, None] * H + o_n[None, :]
-            x_r, x_z, x_n = load_input(p_gx, row, o_n, m, H)
+            m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_h, first_b, o_b, o_n, H)
+            x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_n, 3 * H), m, H)
             b_r, b_z, b_n = load_biases(p_b, o_n, o_n < H, H)
-            h = load_float(p_h + at, m)
+            h = load_float(p_state, m)
             a_r, a_z, q = x_r.to(tl.float32) + b_r, x_z.to(tl.float32) + b_z, tl.zeros((BB, BN), tl.float32) + b_n
-            a_r, a_z, q = add_products(a_r, a_z, q, p_old, row_b * H, m_from, H, p_w, o_n, H, BK, PRECISION)
+            a_r, a_z, q = add_products(
+                a_r, a_z, q, p_old + first_b * H, o_b * H, m_from, H, p_w, o_n, H, BK, PRECISION
+            )
             r, z, n, h_next = cell(a_r, a_z, x_n.to(tl.float32), q, tl.where(m_from[:, None], h, 0.0))
-            keep_step(p_gates, row, o_n, m, exists, r, z, n, q, H)
-            tl.store(p_h + at, h_next, m & exists[:, None])
-            finish_state(p_y, p_old, p_new, row, row_b, o_n, m, exists, h_next, H)
+            keep_step(p_gates, row, o_b, o_n, m, exists, r, z, n, q, H)
+            tl.store(p_state, h_next, m & exists[:, None])
+            finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, H)
         row += move
         meet(turn, PROGRAMS * (s + 2), PROGRAMS)
-    copy_tiles(p_h, p_hn, row_b, m_b, n_first, H, PROGRAMS, BN)
+    copy_tiles(p_h, p_hn, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -192,38 +183,41 @@ def step_kernel(
     Owns: h' of BN units of BB sequences. Keeps: the sums of their gates. Moves: x, h and the units' rows of both
     weights in; y, h' and gates out. Syncs: none. Limits: none.
     """
-    o_b, o_n = tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(0) * BN + tl.arange(0, BN)
-    m_b, m_n, row = o_b < B, o_n < H, o_b.to(tl.int64)
-    exists = load_lengths(p_lengths, o_b, m_b, 1) > 0
-    m, at, m_from = m_b[:, None] & m_n[None, :], row[:, None] * H + o_n[None, :], starting_mask(p_reset, row, exists)
+    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_b, m_n = first_b + o_b < B, o_n < H
+    exists = load_lengths(p_lengths, first_b, o_b, m_b, 1) > 0
+    m, m_from = m_b[:, None] & m_n[None, :], exists & ~load_fresh(p_reset, first_b, o_b, exists)
     b_r, b_z, b_n = load_biases(p_b_ih, o_n, m_n, H)
     c_r, c_z, c_n = load_biases(p_b_hh, o_n, m_n, H)
     zero = tl.zeros((BB, BN), tl.float32)
-    a_r, a_z, x_n, row_x = zero + b_r + c_r, zero + b_z + c_z, zero + b_n, input_rows(p_ids, row, m_b)
+    a_r, a_z, x_n, row_x = zero + b_r + c_r, zero + b_z + c_z, zero + b_n, input_rows(p_ids, first_b, o_b, m_b)
     if p_w_ih is None:
-        x_r, x_z, rest = load_input(p_x, row_x, o_n, m, H)
+        x_r, x_z, rest = load_input(tile_of(p_x, 0, row_x, o_n, 3 * H), m, H)
         a_r, a_z, x_n = a_r + x_r, a_z + x_z, x_n + rest
     else:
         a_r, a_z, x_n = add_products(a_r, a_z, x_n, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION)
-    a_r, a_z, q = add_products(a_r, a_z, zero + c_n, p_h0, row * H, m_from, H, p_w_hh, o_n, H, BK, PRECISION)
-    h = load_float(p_h0 + at, m)
+    a_r, a_z, q = add_products(
+        a_r, a_z, zero + c_n, p_h0 + first_b * H, o_b * H, m_from, H, p_w_hh, o_n, H, BK, PRECISION
+    )
+    h = load_float(tile_of(p_h0, first_b, o_b, o_n, H), m)
     r, z, n, h_next = cell(a_r, a_z, x_n, q, tl.where(m_from[:, None], h, 0.0))
-    keep_step(p_gates, row, o_n, m, exists, r, z, n, q, H)
-    store_as(p_y + at, tl.where(exists[:, None], h_next, 0.0), m)
-    store_as(p_hn + at, tl.where(exists[:, None], h_next, h), m)
+    keep_step(p_gates, first_b, o_b, o_n, m, exists, r, z, n, q, H)
+    store_as(tile_of(p_y, first_b, o_b, o_n, H), tl.where(exists[:, None], h_next, 0.0), m)
+    store_as(tile_of(p_hn, first_b, o_b, o_n, H), tl.where(exists[:, None], h_next, h), m)
 
 
 @triton.jit
-def store_gradients(p_dgh, p_dn, row, o_n, m, da_r, da_z, dq, dn, H: tl.constexpr):
+def store_gradients(p_dgh, p_dn, row, o_b, o_n, m, da_r, da_z, dq, dn, H: tl.constexpr):
     """The gradients of r, z and q side by side in rows of 3 H, and that of n."""
-    at = p_dgh + row[:, None] * (3 * H) + o_n[None, :]
-    store_as(at, da_r, m)
-    store_as(at + H, da_z, m)
-    store_as(at + 2 * H, dq, m)
-    store_as(p_dn + row[:, None] * H + o_n[None, :], dn, m)
+    p = tile_of(p_dgh, row, o_b, o_n, 3 * H)
+    store_as(p, da_r, m)
+    store_as(p + H, da_z, m)
+    store_as(p + 2 * H, dq, m)
+    store_as(tile_of(p_dn, row, o_b, o_n, H), dn, m)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(**launch.SEQUENCE)
 def resident_backward_kernel(
     p_dy, p_dhn, p_h0, p_w, p_lengths, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, T, B, H: tl.constexpr,
     REVERSE: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
@@ -233,40 +227,41 @@ def resident_backward_kernel(
     Owns: dgh, dn and dh0 of BB sequences. Keeps: W_hh and dh on chip. Moves: dy, y and gates in, dgh and dn out.
     Syncs: none but those of the products. Limits: as forward.
     """
-    o_b = tl.program_id(0) * BB + tl.arange(0, BB)
-    o_h, m_b = tl.arange(0, BH), o_b < B
+    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
+    m_b = first_b + o_b < B
     m = m_b[:, None] & (o_h < H)[None, :]
     w_r, w_z = load_weight(p_w, o_h, o_h, H, H, H, 1), load_weight(p_w + H * H, o_h, o_h, H, H, H, 1)
     w_n = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, H, 1)
-    at_state = o_b.to(tl.int64)[:, None] * H + o_h[None, :]
-    dh, h0 = load_float(p_dhn + at_state, m), load_float(p_h0 + at_state, m)
-    length = load_lengths(p_lengths, o_b, m_b, T)
-    row, move = first_row(o_b, T, B, not REVERSE), (B if REVERSE else -B)
-    r, z, n, q = load_gates(p_gates, row, o_h, m, H)
-    dy = tl.load(p_dy + row[:, None] * H + o_h[None, :], m, other=0.0)
-    before = tl.load(p_y + (row + move)[:, None] * H + o_h[None, :], m & (T > 1), other=0.0)
+    dh, h0 = load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m), load_float(tile_of(p_h0, first_b, o_b, o_h, H), m)
+    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
+    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
+    fresh_next = load_fresh(p_reset, row, o_b, m_b)
+    r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), m, H)
+    dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), m, other=0.0)
+    before = tl.load(tile_of(p_y, row + move, o_b, o_h, H), m & (T > 1), other=0.0)
     for s in range(T):
-        t = step_index(s, T, not REVERSE)
-        exists, first = t < length, is_first(t, length, REVERSE)
-        h_prev = unless_fresh(p_reset, row, exists, tl.where(first[:, None], h0, before.to(tl.float32)))
+        t, fresh = step_index(s, T, not REVERSE), fresh_next
+        exists, first = has_step(p_lengths, length, m_b, s, T, not REVERSE), is_first(t, length, REVERSE)
+        h_prev = unless(fresh, tl.where(first[:, None], h0, before.to(tl.float32)))
         da_r, da_z, dq, dn, direct = cell_gradient(
             tl.where(exists[:, None], dh + dy.to(tl.float32), 0.0), r.to(tl.float32), z.to(tl.float32),
             n.to(tl.float32), q.to(tl.float32), h_prev,
         )  # fmt: skip
-        at_next = (row + move)[:, None] * H + o_h[None, :]  # of the next step, early
-        r, z, n, q = load_gates(p_gates, row + move, o_h, m & (T > s + 1), H)
-        dy = tl.load(p_dy + at_next, m & (T > s + 1), other=0.0)
-        before = tl.load(p_y + at_next + move.to(tl.int64) * H, m & (T > s + 2), other=0.0)
-        store_gradients(p_dgh, p_dn, row, o_h, m, da_r, da_z, dq, dn, H)
-        back = tl.dot(da_r.to(w_r.dtype), w_r, direct, input_precision=PRECISION)
-        back = tl.dot(da_z.to(w_r.dtype), w_z, back, input_precision=PRECISION)
-        back = tl.dot(dq.to(w_r.dtype), w_n, back, input_precision=PRECISION)
-        dh = tl.where(exists[:, None], unless_fresh(p_reset, row, exists, back), dh)
-        row += move
-    store_as(p_dh0 + at_state, dh, m)
+        row_next, m_next = row + move, T > s + 1
+        fresh_next = load_fresh(p_reset, row_next, o_b, m_b & m_next)  # of the next step, early
+        r, z, n, q = load_gates(tile_of(p_gates, row_next, o_b, o_h, 4 * H), m & m_next, H)
+        dy = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m & m_next, other=0.0)
+        before = tl.load(tile_of(p_y, row_next + move, o_b, o_h, H), m & (T > s + 2), other=0.0)
+        store_gradients(p_dgh, p_dn, row, o_b, o_h, m, da_r, da_z, dq, dn, H)
+        back = tl.dot(unless(fresh, da_r).to(w_r.dtype), w_r, unless(fresh, direct), input_precision=PRECISION)
+        back = tl.dot(unless(fresh, da_z).to(w_r.dtype), w_z, back, input_precision=PRECISION)
+        back = tl.dot(unless(fresh, dq).to(w_r.dtype), w_n, back, input_precision=PRECISION)
+        dh = tl.where(exists[:, None], back, dh)
+        row = row_next
+    store_as(tile_of(p_dh0, first_b, o_b, o_h, H), dh, m)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(**launch.SEQUENCE)
 def tiled_backward_kernel(
     p_dy, p_dhn, p_h0, p_w, p_lengths, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, p_dh, p_turn, T, B, H: tl.constexpr,
     REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -277,32 +272,32 @@ def tiled_backward_kernel(
     Owns: every PROGRAMS-th tile of BN units of BB sequences. Keeps: nothing; dh (B, H) lies in float32 scratch. Moves:
     dy, y and gates in, dgh out and in, dn out, W_hh once. Syncs: the group once a step. Limits: as forward.
     """
-    o_b = tl.program_id(1) * BB + tl.arange(0, BB)
-    m_b, n_first, turn, row_b = o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1), o_b.to(tl.int64)
-    length = load_lengths(p_lengths, o_b, m_b, T)
-    copy_tiles(p_dhn, p_dh, row_b, m_b, n_first, H, PROGRAMS, BN)
+    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
+    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
+    copy_tiles(p_dhn, p_dh, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
-    row, move = first_row(o_b, T, B, not REVERSE), (B if REVERSE else -B)
+    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
     for s in range(T):
-        t = step_index(s, T, not REVERSE)
-        exists, first = t < length, is_first(t, length, REVERSE)
+        t, fresh = step_index(s, T, not REVERSE), load_fresh(p_reset, row, o_b, m_b)
+        exists, first = has_step(p_lengths, length, m_b, s, T, not REVERSE), is_first(t, length, REVERSE)
         for i_n in range(n_first, H, PROGRAMS * BN):
             o_n = i_n + tl.arange(0, BN)
-            m, at_dh = m_b[:, None] & (o_n < H)[None, :], row_b[:, None] * H + o_n[None, :]
-            r, z, n, q = load_gates(p_gates, row, o_n, m, H)
-            h_prev = load_previous(p_y, p_h0, row + move, o_b, o_n, first, exists, o_n < H, H)
-            dh = load_float(p_dh + at_dh, m) + load_float(p_dy + row[:, None] * H + o_n[None, :], m)
+            m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_dh, first_b, o_b, o_n, H)
+            r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_n, 4 * H), m, H)
+            h_prev = load_previous(p_y, p_h0, row + move, first_b, o_b, o_n, first, exists, o_n < H, H)
+            dh = load_float(p_state, m) + load_float(tile_of(p_dy, row, o_b, o_n, H), m)
             da_r, da_z, dq, dn, direct = cell_gradient(
                 tl.where(exists[:, None], dh, 0.0), r.to(tl.float32), z.to(tl.float32), n.to(tl.float32),
-                q.to(tl.float32), unless_fresh(p_reset, row, exists, h_prev),
+                q.to(tl.float32), unless(fresh, h_prev.to(tl.float32)),
             )  # fmt: skip
-            store_gradients(p_dgh, p_dn, row, o_n, m, da_r, da_z, dq, dn, H)
-            tl.store(p_dh + at_dh, direct, m & exists[:, None])
+            store_gradients(p_dgh, p_dn, row, o_b, o_n, m, da_r, da_z, dq, dn, H)
+            tl.store(p_state, direct, m & exists[:, None])
         meet(turn, PROGRAMS * (s + 1), PROGRAMS)
-        add_back(p_dgh, p_dh, p_w, p_reset, row, row_b, m_b, exists, n_first, 3 * H, H, True, PROGRAMS, BN, BK,
+        add_back(p_dgh, p_dh, p_w, row, first_b, o_b, exists, fresh, n_first, 3 * H, H, True, PROGRAMS, BN, BK,
                  PRECISION)  # fmt: skip
         row += move
-    copy_tiles(p_dh, p_dh0, row_b, m_b, n_first, H, PROGRAMS, BN)
+    copy_tiles(p_dh, p_dh0, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
 
 def gru_forward(
@@ -310,26 +305,27 @@ def gru_forward(
     lengths: Tensor | None, reset: Tensor | None, reverse: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.gru_forward`."""
-    time, batch, inputs, hidden = check_shapes("gru", locals())
-    y, (hn,) = x.new_empty(time, batch, hidden), like(h0)
+    time, batch, inputs, hidden = launch.check_shapes("gru", locals())
+    y, (hn,) = x.new_empty(time, batch, hidden), launch.like(h0)
     gates = x.new_empty(time, batch, 4 * hidden) if save else None
-    h0, w_hh, b_hh, lengths, reset = contiguous(h0, w_hh, b_hh, lengths, flag(reset))
-    results, sizes = (y, hn, gates), dict(H=hidden, PRECISION=precision(x))
+    h0, w_hh, b_hh, lengths, reset = launch.contiguous(h0, w_hh, b_hh, lengths, launch.flag(reset))
+    results, sizes = (y, hn, gates), dict(H=hidden, PRECISION=launch.precision(x))
     if time == 0:
         hn.copy_(h0)
     elif time == 1:
-        x, w_ih, b_ih = contiguous(x, w_ih, b_ih)
+        x, w_ih, b_ih = launch.contiguous(x, w_ih, b_ih)
         plan = tuning.step("gru", hidden, batch, x.dtype)
-        run(step_kernel, plan, x, None, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, *results, batch, inputs, **sizes)
+        args = (x, None, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, *results, batch, inputs)
+        launch.run(step_kernel, plan, *args, **sizes)
     else:
         gx, sizes["REVERSE"] = linear(x, w_ih, b_ih).contiguous(), reverse
-        plan = tuning.sequence("gru", "forward", hidden, batch, x.dtype, processors(x))
+        plan = tuning.sequence("gru", "forward", hidden, batch, x.dtype, launch.processors(x))
         args = (gx, h0, w_hh, b_hh, lengths, reset, *results)
         if plan.resident:
-            run(resident_forward_kernel, plan, *args, time, batch, **sizes)
+            launch.run(resident_forward_kernel, plan, *args, time, batch, **sizes)
         else:
-            scratch = (x.new_empty(2, batch, hidden), floats(x, batch, hidden), plan.turns(x))
-            run(tiled_forward_kernel, plan, *args, *scratch, time, batch, **sizes)
+            scratch = (x.new_empty(2, batch, hidden), launch.floats(x, batch, hidden), plan.turns(x))
+            launch.run(tiled_forward_kernel, plan, *args, *scratch, time, batch, **sizes)
     return y, hn, x.new_empty(0) if gates is None else gates
 
 
@@ -338,32 +334,29 @@ def gru_backward(
     b_hh: Tensor | None, lengths: Tensor | None, reset: Tensor | None, reverse: bool, y: Tensor, gates: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.gru_backward`."""
-    time, batch, inputs, hidden = check_shapes("gru", locals())
-    dgh, (dn, dh0) = x.new_empty(time, batch, 3 * hidden), like(y, h0)
-    dy, dhn, h, w, length, fresh, y, gates = contiguous(dy, dhn, h0, w_hh, lengths, flag(reset), y, gates)
-    plan = tuning.sequence("gru", "backward", hidden, batch, x.dtype, processors(x))
-    sizes = dict(H=hidden, REVERSE=reverse, PRECISION=precision(x))
+    time, batch, inputs, hidden = launch.check_shapes("gru", locals())
+    dgh, (dn, dh0) = x.new_empty(time, batch, 3 * hidden), launch.like(y, h0)
+    dy, dhn, h, w, length, fresh, y, gates = launch.contiguous(dy, dhn, h0, w_hh, lengths, launch.flag(reset), y, gates)
+    plan = tuning.sequence("gru", "backward", hidden, batch, x.dtype, launch.processors(x))
+    sizes = dict(H=hidden, REVERSE=reverse, PRECISION=launch.precision(x))
     args = (dy, dhn, h, w, length, fresh, y, gates, dgh, dn, dh0)
     if time == 0:
         dh0.copy_(dhn)
     elif plan.resident:
-        run(resident_backward_kernel, plan, *args, time, batch, **sizes)
+        launch.run(resident_backward_kernel, plan, *args, time, batch, **sizes)
     else:
-        run(tiled_backward_kernel, plan, *args, floats(x, batch, hidden), plan.turns(x), time, batch, **sizes)
+        scratch = (launch.floats(x, batch, hidden), plan.turns(x))
+        launch.run(tiled_backward_kernel, plan, *args, *scratch, time, batch, **sizes)
     rows, cut = time * batch, 2 * hidden
     da, dn_rows = dgh.view(rows, 3 * hidden)[:, :cut], dn.view(rows, hidden)  # what r, z and what n get from the input
     dx = torch.addmm(da @ w_ih[:cut], dn_rows, w_ih[cut:]).view(time, batch, inputs)
-    dw_ih = torch.cat((weight_gradient(dgh[..., :cut], x, lengths), weight_gradient(dn, x, lengths)))
-    dw_hh = weight_gradient(dgh, previous(y, h0, lengths, reset, reverse))
+    dw_ih = torch.cat((launch.weight_gradient(dgh[..., :cut], x, lengths), launch.weight_gradient(dn, x, lengths)))
+    dw_hh = launch.weight_gradient(dgh, launch.previous(y, h0, lengths, reset, reverse))
     sums = x.new_empty(0) if b_ih is None and b_hh is None else dgh.sum((0, 1))
     db_ih = x.new_empty(0) if b_ih is None else torch.cat((sums[:cut], dn.sum((0, 1))))
     return dx, dh0, dw_ih, dw_hh, db_ih, x.new_empty(0) if b_hh is None else sums
 
 
-def variants() -> list[Variant]:
+def variants() -> list[launch.Variant]:
     """The kernels with the arguments that they are launched with, for a check that they compile."""
-    kernels = dict(
-        resident_forward=resident_forward_kernel, tiled_forward=tiled_forward_kernel, step=step_kernel,
-        resident_backward=resident_backward_kernel, tiled_backward=tiled_backward_kernel,
-    )  # fmt: skip
-    return variants_of("gru", kernels)
+    return launch.variants_of("gru", globals())

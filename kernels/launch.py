@@ -12,6 +12,9 @@ from torch import Tensor
 from . import tuning
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+# The kernels of whole sequences are compiled once for all T and B. So it must not count either whether the states of a
+# layer among others start at a multiple of 16 bytes.
+SEQUENCE = dict(do_not_specialize=["T", "B"], do_not_specialize_on_alignment=["p_h0", "p_c0", "p_dhn", "p_dcn"])
 
 
 class Variant(NamedTuple):
@@ -69,6 +72,11 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two biases that a layer may not have."""
+    return one if other is None else other if one is None else one + other
+
+
 def like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Uninitialised contiguous tensors of the same kind."""
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
@@ -110,7 +118,7 @@ def run(kernel, plan: tuning.Plan, *args, **constants) -> None:
         return
     names = kernel.arg_names
     blocks = {name: value for name, value in plan.blocks.items() if name in names}
-    options = dict(num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.maxnreg)
+    options = dict(num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.maxnreg, enable_fp_fusion=True)
     if plan.programs > 1:
         options["launch_cooperative_grid"] = True
     guard = torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext()
@@ -147,44 +155,57 @@ _INTEGERS = {"p_lengths": "*i64", "p_reset": "*u8", "p_turn": "*i32", "T": "i32"
 _SCRATCH = ("p_dh", "p_c", "p_dc", "p_h")  # float32 whatever the dtype
 
 
-def variants_of(cell: str, kernels: dict[str, Any], **constants) -> list[Variant]:
-    """Each of a cell's kernels in each dtype at sizes that take each form, without and with the optional arguments."""
-    found, sizes = [], ((20, 3), (64, 64), (128, 64), (256, 4096), (512, 16))
-    for dtype, short in _TYPES.items():
-        for hidden, batch in sizes if dtype != torch.float16 else sizes[1::3]:  # compiled as bfloat16 is
+def variants_of(cell: str, names: dict[str, Any], **constants) -> list[Variant]:
+    """A cell's kernels, which are among `names`, as calls compile them: each dtype, each form and its extremes.
+
+    Of the resident form that is the widest block, where registers are scarcest, at a width of whole vectors and one of
+    none, and half of it, which takes fewer warps; of the tiled form a group of programs, and the tallest blocks.
+    """
+    found = []
+
+    def add(form: str, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, **others) -> None:
+        size = f"{hidden}to{others['P']}" if "P" in others else str(hidden)
+        title = f"{cell}/{form}/{_TYPES[dtype]}/{size}{'/masked' * given}{'/reverse' * others.get('REVERSE', False)}"
+        kernel = names[f"{form}_kernel"]
+        found.append(variant(title, kernel, plan, dtype, hidden, given, constants | others))
+
+    for dtype in _TYPES:
+        wide = tuning.widest(cell, dtype)
+        cases = [(wide, 64, False, False), (512, 16, False, False)]
+        if dtype != torch.float16:  # compiled as bfloat16 is
+            cases += [(wide, 64, True, False), (wide - 7, 64, True, True), (wide // 2 - 7, 64, True, False)]
+            cases += [(300, 10_000, True, False)]
+        for hidden, batch, given, reverse in cases:
             for way in ("forward", "backward"):
                 plan = tuning.sequence(cell, way, hidden, batch, dtype, 132)
-                name = f"{'resident' if plan.resident else 'tiled'}_{way}"
-                found.append(_variant(f"{cell}/{name}/{short}/{hidden}", kernels[name], plan, dtype, hidden, constants))
-                if cell == "lstm" and hidden == 20:
-                    plan = tuning.sequence(cell, way, hidden, batch, dtype, 132, projection=True)
-                    name, given = f"tiled_{way}", constants | dict(P=10)
-                    title = f"{cell}/{name}/{short}/{hidden}to10"
-                    found.append(_variant(title, kernels[name], plan, dtype, hidden, given))
-            if hidden in (20, 512):
-                plan = tuning.step(cell, hidden, batch, dtype)
-                found.append(_variant(f"{cell}/step/{short}/{hidden}", kernels["step"], plan, dtype, hidden, constants))
+                add(f"{'resident' if plan.resident else 'tiled'}_{way}", plan, dtype, hidden, given, REVERSE=reverse)
+        for hidden, batch, given in ((20, 3, True), (512, 64, False)):
+            if given or dtype != torch.float16:
+                add("step", tuning.step(cell, hidden, batch, dtype), dtype, hidden, given)
+        for way in ("forward", "backward") if cell == "lstm" and dtype != torch.float16 else ():
+            plan = tuning.sequence(cell, way, 20, 3, dtype, 132, projection=True)
+            add(f"tiled_{way}", plan, dtype, 20, True, P=10, REVERSE=True)
     return found
 
 
-def _variant(name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: int, constants: dict) -> Variant:
-    """Lengths and a reset mask are there where H is no multiple of 16, so that both ways are compiled.
-
-    A projection is there where P is not H.
-    """
-    short, aligned = _TYPES[dtype], []
-    bare, projection = hidden % 16 == 0, ("p_wr", "p_dhs", "p_m")
-    known = plan.blocks | dict(H=hidden, P=hidden, REVERSE=not bare, p_ids=None) | constants
+def variant(
+    name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, constants: dict[str, object]
+) -> Variant:
+    """A kernel for a width; lengths and a reset mask are there if ``given``, a projection where P is not H."""
+    short, aligned, absent = _TYPES[dtype], [], () if given else ("p_lengths", "p_reset")
+    known = plan.blocks | dict(H=hidden, P=hidden, REVERSE=False, p_ids=None) | constants
     known["PRECISION"] = "tf32x3" if dtype == torch.float32 else "ieee"
+    anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
+    absent += () if known["P"] != hidden else ("p_wr", "p_dhs", "p_m")
     fixed: dict[str, object] = {}
     signature: dict[str, str] = {}
     for parameter in kernel.arg_names:
         if parameter in known:
             fixed[parameter] = known[parameter]
-        elif (parameter in ("p_lengths", "p_reset") and bare) or (parameter in projection and known["P"] == hidden):
+        elif parameter in absent:
             fixed[parameter] = None
         else:
             signature[parameter] = _INTEGERS.get(parameter, f"*{'fp32' if parameter in _SCRATCH else short}")
-            aligned += [parameter] if parameter.startswith("p_") or (parameter == "I" and bare) else []
+            if parameter.startswith("p_") or (parameter == "I" and hidden % 16 == 0):
+                aligned += [parameter] if parameter not in anywhere else []
     return Variant(name, kernel, signature, fixed, plan.warps, plan.stages, tuple(aligned), plan.maxnreg)
-

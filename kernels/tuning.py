@@ -53,6 +53,11 @@ def resident_bytes(cell: str, hidden: int, dtype: torch.dtype) -> int:
     return GATES[cell] * padded(hidden) ** 2 * (8 if dtype == torch.float32 else 2)
 
 
+def widest(cell: str, dtype: torch.dtype) -> int:
+    """The largest block of units that is resident."""
+    return max(block for block in (16, 32, 64, 128, 256) if resident_bytes(cell, block, dtype) <= RESIDENT_BYTES)
+
+
 def sequence(
     cell: str, way: str, hidden: int, batch: int, dtype: torch.dtype, sms: int, projection: bool = False
 ) -> Plan:
@@ -60,7 +65,8 @@ def sequence(
     size = resident_bytes(cell, hidden, dtype)
     if size <= RESIDENT_BYTES and not projection:
         warps = 4 if size <= RESIDENT_BYTES // 4 else 8
-        registers = 255 if way == "forward" else 224  # with more, gru's backward of float32 reads ahead until it spills
+        # With more the assembler for compute capability 9.0 reads ahead in float32 until it spills.
+        registers = 208 if (cell, way) == ("gru", "backward") else 255
         return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1, maxnreg=registers)
     rows = _rows(batch, sms)
     units, (depth, stages) = (32 if cell == "rnn" else 16), _pipeline(cell if way == "forward" else "", dtype)

@@ -6,7 +6,7 @@ Every ``variants()`` of the modules of kernels/ is compiled by the triton that P
 architecture; neither a GPU nor a driver is needed. A line a variant tells registers, stack, shared memory and the
 matrix instruction. It fails on
 
-    stack      a kernel spills registers or keeps an array in local memory
+    stack      a kernel spills registers or keeps an array in local memory, of more than KEPT_BYTES or in a loop
     shared     more shared memory than a program can have
     inexact    a kernel that decides draws (modules of EXACT) has an approximate instruction, flushes denormals, lets
                ptxas contract a multiplication and an addition, or has a fma that the definition of a draw does not
@@ -42,6 +42,9 @@ from triton.compiler import ASTSource  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one program can have, bytes: CUDA C++ Programming Guide, table of technical specifications.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Bytes a thread that may lie in local memory while a loop runs that does not touch them: what is needed before it and
+# after it is computed once. So written and read once, they cost nothing; nor does one access in a loop.
+KEPT_BYTES, LOOPED = 32, 1
 EXACT = ("sample", "head")  # their kernels are launched with enable_fp_fusion=False
 MATRIX = ("tcgen05.mma", "wgmma", "mma.sync")
 
@@ -51,6 +54,7 @@ class Report(NamedTuple):
 
     registers: int
     stack: int  # bytes a thread: spills and local arrays
+    looped: int  # instructions within loops that read or write them
     shared: int  # bytes a program
     matrix: str
     ptx: str
@@ -83,13 +87,24 @@ def compile_variant(variant, arch: int, exact: bool) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        told = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told).groups())
+        told = cuobjdump("-res-usage", file.name)
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told).groups())
+        looped = local_in_loops(cuobjdump("-sass", file.name)) if stack + local else 0
     ptx = compiled.asm["ptx"]
     matrix = next((name for name in MATRIX if name in ptx), "-")
-    return Report(registers, stack + local, compiled.metadata.shared, matrix, ptx)
+    return Report(registers, stack + local, looped, compiled.metadata.shared, matrix, ptx)
+
+
+def cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+
+
+def local_in_loops(sass: str) -> int:
+    """How many instructions between a branch back and its target read or write local memory."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    branches = [(int(to.group(1), 16), at) for at, text in code if (to := re.search(r"\bBRA 0x([0-9a-f]+)", text))]
+    places = [at for at, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(first <= at <= last for first, last in branches) for at in places)
 
 
 def inexact(ptx: str, product_by_fma: bool) -> list[str]:
@@ -117,8 +132,8 @@ def inexact(ptx: str, product_by_fma: bool) -> list[str]:
 def problems(report: Report, arch: int, exact: bool, matrix_product: bool) -> list[str]:
     """What is wrong with a compiled kernel, in words; nothing if it is right."""
     found = []
-    if report.stack:
-        found.append(f"stack: {report.stack} bytes a thread, spills or local arrays")
+    if report.looped > LOOPED or report.stack > KEPT_BYTES:
+        found.append(f"stack: {report.stack} bytes a thread, {report.looped} accesses in loops; spills or local arrays")
     if report.shared > SHARED_LIMIT[arch]:
         found.append(f"shared: {report.shared} bytes, sm_{arch} has {SHARED_LIMIT[arch]}")
     if exact:

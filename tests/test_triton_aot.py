@@ -1,6 +1,7 @@
 """The check of tests/aot.py: what it lets through and what it catches. `make aot` runs it over every variant."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,20 @@ def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one's triton interprets."""
     command = [sys.executable, ROOT / "tests" / "aot.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+
+
+@pytest.mark.parametrize("form", ["resident", "tiled"])
+def test_lengths_and_batch_sizes_compile_nothing_anew(form):
+    """Wherever the states lie; of the tiled form each way of cutting a batch for the device is a kernel of its own."""
+    command = [sys.executable, ROOT / "tests" / "specializations.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = {name: counts for name, counts in json.loads(done.stdout).items() if form in name}
+    assert len(found) == (6 if form == "resident" else 3)
+    for name, counts in found.items():
+        plans = counts.pop("plans", 2)
+        assert sorted(counts) == [f"{form}_backward_kernel", f"{form}_forward_kernel"], name
+        assert sum(counts.values()) <= plans < 10, f"{name}: {counts}"
 
 
 @pytest.mark.slow

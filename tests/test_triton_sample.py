@@ -5,6 +5,8 @@ import math
 import draws
 import pytest
 import torch
+import triton
+import triton.language as tl
 from draws import plain_columns, random_columns, random_logits
 from torch import Tensor
 
@@ -12,6 +14,7 @@ import fastrnn
 import oracle
 from fastrnn import ops
 from fastrnn import reference_sample as definition
+from fastrnn.kernels import draw as draw_parts
 from fastrnn.kernels import draw_math, head
 from fastrnn.kernels import sample as kernels
 
@@ -214,6 +217,81 @@ def test_a_replayed_graph_draws_anew():
             graph.replay()
             expected = definition.sample(x, mask=None, **(columns | {"step": torch.full((rows,), step)}))
             assert torch.equal(token.cpu(), expected[0])
+
+
+# --- look-ups -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def found_by_look_up(p_prefix, p_threshold, p_index, p_low, p_high, D: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, D)
+    prefix = tl.load(p_prefix + o[:, None] * N + tl.arange(0, N)[None, :])
+    index, low, high = draw_math.look_up(prefix, tl.load(p_threshold + o))
+    tl.store(p_index + o, index)
+    tl.store(p_low + o, low)
+    tl.store(p_high + o, high)
+
+
+MASSES = {
+    "zeros first, between and last": [0, 3, 0, 0, 5, 1, 0, 2**40, 0, 0],
+    "neighbours of 1": [1] * 16,
+    "all in the first": [2**62],
+    "all in the last": [0] * 15 + [7],
+    "near the largest sum": [2**62, 0, 2**62 - 2, 1],
+}
+
+
+@pytest.mark.parametrize("masses", MASSES.values(), ids=MASSES)
+def test_a_look_up_finds_the_first_prefix_above_its_threshold(masses):
+    """With thresholds on, one below and one above every prefix; those from the last prefix on find none."""
+    prefix = torch.tensor(masses + [0] * (16 - len(masses))).cumsum(0)
+    near = {int(p) + d for p in prefix for d in (-1, 0, 1)} | {0}
+    thresholds = sorted(t for t in near if 0 <= t < 2**63)
+    count = triton.next_power_of_2(len(thresholds))
+    asked = torch.tensor(thresholds + thresholds[:1] * (count - len(thresholds)), device=DEVICE)
+    index = torch.full((count,), -7, dtype=torch.int32, device=DEVICE)
+    low, high = torch.full_like(asked, -7), torch.full_like(asked, -7)
+    rows = prefix.to(DEVICE).repeat(count, 1)
+    found_by_look_up[(1,)](rows, asked, index, low, high, D=count, N=16)
+    drawn = torch.searchsorted(prefix, asked.cpu(), right=True)
+    assert index.tolist() == drawn.tolist()
+    assert all(masses[i] > 0 for i, t in zip(drawn.tolist(), thresholds) if t < prefix[-1])
+    padded = torch.cat([torch.zeros(1, dtype=torch.int64), prefix, torch.tensor([2**63 - 1])])
+    assert low.tolist() == padded[drawn].tolist()
+    assert high.tolist() == padded[drawn + 1].tolist()
+
+
+@triton.jit
+def tiles_picked(p_tops, p_sums, tiles, p_words, p_tile, p_margin, D: tl.constexpr, LEVEL: tl.constexpr):
+    o = tl.arange(0, D)
+    total = draw_parts.row_total(p_tops, p_sums, tiles, 0.0, 1.0, LEVEL)
+    words = tl.load(p_words + o).to(tl.uint64, bitcast=True)
+    index, margin = draw_parts.pick_tile(p_tops, p_sums, tiles, 0.0, 1.0, total, words, LEVEL)
+    tl.store(p_tile + o, index)
+    tl.store(p_margin + o, margin)
+
+
+def test_a_tile_is_looked_up_across_the_parts_of_a_level():
+    """40 tiles in parts of 16, with empty ones at both ends and at the seams. Masses of 128 k at z = 0 add up to 2**20,
+    so that the word ``threshold << 44`` has exactly this threshold."""
+    masses = torch.zeros(40, dtype=torch.int64)
+    masses[[3, 7, 14, 17, 31, 33, 38]] = 128 * torch.tensor([1, 2, 1, 1000, 3, 7000, 185])
+    prefix, total = masses.cumsum(0), 2**20
+    assert prefix[-1] == total
+    near = {int(p) + d for p in prefix for d in (-1, 0, 1)} | {0}
+    thresholds = sorted(t for t in near if 0 <= t < total)
+    count = triton.next_power_of_2(len(thresholds))
+    asked = torch.tensor(thresholds + thresholds[:1] * (count - len(thresholds)))
+    words = torch.tensor([t << 44 if t < 2**19 else (t << 44) - 2**64 for t in asked.tolist()], device=DEVICE)
+    tops, sums = torch.zeros(40, device=DEVICE), (masses << 17).to(DEVICE)
+    tops[masses == 0] = -math.inf
+    tile, margin = torch.empty(count, dtype=torch.int32, device=DEVICE), torch.empty(count, device=DEVICE).double()
+    tiles_picked[(1,)](tops, sums, 40, words, tile, margin, D=count, LEVEL=16)
+    drawn = torch.searchsorted(prefix, asked, right=True)
+    assert tile.tolist() == drawn.tolist()
+    low, high = (prefix - masses)[drawn].double(), prefix[drawn].double()
+    below, above = (asked - low).masked_fill(low == 0, math.inf), (high - asked).masked_fill(high == total, math.inf)
+    assert margin.tolist() == (torch.minimum(below, above) / total).tolist()
 
 
 # --- head and draw --------------------------------------------------------------------------------------------------
