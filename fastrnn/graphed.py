@@ -50,10 +50,14 @@ def tokens_at_once(longest: int, events: bool, graphs: bool) -> int:
 
 
 def fixed(weights: Weights, *sizes: int) -> tuple:
-    """What a loop of some sizes and its graphs have fixed; of the weights, where they lie, but for the table."""
+    """What a loop of some sizes and its graphs have fixed; of the weights, where they lie, but for the table.
+
+    A tensor that was made in inference mode can be written there only.
+    """
     parts = (*(part for layer in weights.layers for part in layer), weights.head, weights.bias)
     places = (part if part is None else (part.data_ptr(), part.shape, part.dtype) for part in parts)
-    return *sizes, weights.cell, weights.table.shape, weights.table.dtype, weights.table.device, *places
+    table = weights.table
+    return torch.is_inference_mode_enabled(), *sizes, weights.cell, table.shape, table.dtype, table.device, *places
 
 
 class DeviceNetwork:

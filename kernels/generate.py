@@ -191,11 +191,11 @@ class Loop:
         self.events = whole(2, tokens, self.rows)
         self.logprobs = whole(tokens, self.rows).float()
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}  # the one used last stands last
-        self.ran: set[Kind] = set()  # kinds whose kernels are compiled
+        self.ran: set[tuple] = set()  # what kernels are compiled for
         self.restart(weights)
 
     def restart(self, weights: Weights) -> None:
-        """Rows without work, and the numbers of a table that its weights have now; the others lie where they lay."""
+        """Leave no row at work, and take over the table of weights whose other tensors lie where this loop's do."""
         self.weights.table.copy_(weights.table)
         for part in (self.numbers, self.states, self.taken):
             part.zero_()
@@ -250,11 +250,11 @@ class Loop:
 
     def run(self, tokens: int, kind: Kind) -> None:
         """``tokens`` (an even number) for every row: as launches the first time, then as a graph of them."""
-        if not self.graphed or kind not in self.ran:
-            self.ran.add(kind)
+        compiled, key = (kind, precision(self.states)), (tokens, kind, precision(self.states))
+        if not self.graphed or compiled not in self.ran:
+            self.ran.add(compiled)
             self._launch(tokens, kind)
             return
-        key = tokens, kind, precision(self.states)
         if (graph := self.graphs.pop(key, None)) is None:
             graph = torch.cuda.CUDAGraph()
             with on_device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -7,6 +7,8 @@ for the interpreter's sake; `form` makes the launch plans take the forms that la
 import interpreter
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton_cases import (
     NEEDED,
     assert_equal,
@@ -24,7 +26,7 @@ from fastrnn.library import ARGUMENTS, RESULTS
 if not runs_here():
     pytest.skip(NEEDED, allow_module_level=True)
 
-from fastrnn.kernels import tuning
+from fastrnn.kernels import cell_math, tuning
 
 KINDS = ["lstm", "lstm-proj", "gru", "rnn-tanh", "rnn-relu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -194,6 +196,23 @@ def test_nothing_is_read_or_written_beyond_the_tensors(device, form, kind):
     for name, value in inside.items():
         if isinstance(value, torch.Tensor):
             assert_equal(value, named[name], f"{name} after the call")
+
+
+@triton.jit
+def places_of_a_tile(p_places, program, T, B):
+    row = cell_math.first_row(tl.full((), program, tl.int64) * 16, T, B, True)
+    o_b, o_n = tl.arange(0, 16), tl.arange(0, 4)
+    places = cell_math.tile_of(tl.full((), 0, tl.int64), row - B, o_b, o_n, 4096)
+    tl.store(p_places + o_b[:, None] * 4 + o_n[None, :], places)
+
+
+def test_places_have_64_bits(device):
+    """Those of the last step but one of 2**20, in program 1000 of a batch of 2**15: numbers of 47 bits."""
+    time, batch = 2**20, 2**15
+    found = torch.zeros(16, 4, dtype=torch.int64, device=device)
+    places_of_a_tile[(1,)](found, 1000, time, batch)
+    rows = (time - 2) * batch + 16_000 + torch.arange(16)
+    assert torch.equal(found.cpu(), rows[:, None] * 4096 + torch.arange(4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
