@@ -34,7 +34,8 @@ class LaunchLog {
       Reader& r = rows_[row];
       Note* next = notes_ + static_cast<int64_t>(row) * (stride_ + 1) + r.notes;
       for (;; ++next, ++r.notes) {
-        const bool noted = next->step < steps;
+        // The kernel may be writing a note of a later step, whose number says so.
+        const bool noted = __atomic_load_n(&next->step, __ATOMIC_RELAXED) < steps;
         take(static_cast<int64_t>(row), noted ? next->step + 1 : steps, piece);
         if (!noted) break;
         changed(r.slot, *next);
