@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import _VF, Tensor
-from torch.nn.functional import linear
 
-from .reference import _previous, _stack
+from . import reference
 
 
 class DoublyDifferentiable(torch.autograd.Function):
@@ -129,17 +128,12 @@ def _layer(mode: str, x: Tensor, states, weights: list[Tensor | None], reverse: 
 
 
 def lstm_forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, reverse, save):
-    """`fastrnn.reference.lstm_forward` by the fused LSTM; gates follow from ``y``, cells by a scan over the gates."""
+    """`fastrnn.reference.lstm_forward` by the fused LSTM; gates and cells follow from ``y``."""
     y, hn, cn = _layer("LSTM", x, (h0, c0), [w_ih, w_hh, b_ih, b_hh, w_hr], reverse)
     if not save:
         return y.contiguous(), hn.clone(), cn.clone(), x.new_empty(0), x.new_empty(0)
-    pre = linear(x, w_ih, b_ih) + linear(_previous(y, h0, None, None, reverse), w_hh, b_hh)
-    i, f, g, o = pre.chunk(4, -1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c, cells = c0, {}
-    for t in range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0]):
-        c = cells[t] = f[t] * c + i[t] * g[t]
-    return y.contiguous(), hn.clone(), cn.clone(), torch.cat((i, f, g, o), -1), _stack(cells, c0)
+    kept = reference.lstm_gates(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, reverse, y)
+    return y.contiguous(), hn.clone(), cn.clone(), *kept
 
 
 def gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, save):
@@ -147,10 +141,8 @@ def gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, save):
     y, hn = _layer("GRU", x, (h0,), [w_ih, w_hh, b_ih, b_hh], reverse)
     if not save:
         return y.contiguous(), hn.clone(), x.new_empty(0)
-    xr, xz, xn = linear(x, w_ih, b_ih).chunk(3, -1)
-    hr, hz, q = linear(_previous(y, h0, None, None, reverse), w_hh, b_hh).chunk(3, -1)
-    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    return y.contiguous(), hn.clone(), torch.cat((r, z, (xn + r * q).tanh(), q), -1)
+    gates = reference.gru_gates(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, y)
+    return y.contiguous(), hn.clone(), gates
 
 
 def rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse, nonlinearity):

@@ -5,10 +5,11 @@ returns None or the sentence saying why this backend does not take it. An explic
 `backend`) never falls back: it raises that sentence. An automatic choice keeps its reason and every refusal for
 `explain`.
 
-Ops: ``{lstm,gru,rnn}_forward``, ``{lstm,gru,rnn}_backward``, ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of
-layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs layer by layer; and
-``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but ``cpu`` and ``cuda``
-(`fastrnn.native`) and ``triton`` (`fastrnn.graphed`).
+Ops: ``{lstm,gru,rnn}_{forward,backward}``; those of both directions, ``{lstm,gru,rnn}_both_{forward,backward}``;
+``{lstm,gru}_gates``; ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of layers with autograd, for which ``aten``
+runs PyTorch's fused RNN and every other backend runs layer by layer; and ``generate``, the generation loop, which is in
+Python (`fastrnn.engine`) for every backend but ``cpu`` and ``cuda`` (`fastrnn.native`) and ``triton``
+(`fastrnn.graphed`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from . import gpu
 from .extension import cuda_kernels_missing, extension_missing, native
 
 CELLS = ("lstm", "gru", "rnn")
-CELL_OPS = tuple(f"{cell}_{way}" for cell in CELLS for way in ("forward", "backward"))
+WAYS = ("forward", "backward", "both_forward", "both_backward")
+CELL_OPS = (*(f"{cell}_{way}" for cell in CELLS for way in WAYS), "lstm_gates", "gru_gates")
 OPS = (*CELLS, *CELL_OPS, "sample", "generate")
 
 
@@ -59,10 +61,11 @@ class Call(NamedTuple):
     window: bool = False  # the last ids are run again for each token
     packed: bool = False  # rows of a PackedSequence
     bidirectional: bool = False
+    recompute: bool = False  # nothing but y is kept for backward
     transform: str = ""  # "torch.func transforms", "forward-mode AD", "torch.compile", "torch.jit.trace" or nothing
 
     def __str__(self) -> str:
-        told = ("packed", "lengths", "reset", "bidirectional", "projection", "needs_grad")
+        told = ("packed", "lengths", "reset", "bidirectional", "projection", "needs_grad", "recompute")
         flags = [name for name in told if getattr(self, name)]
         sizes = f"T={self.time} B={self.batch} I={self.inputs} H={self.hidden} L={self.layers}"
         if self.op == "generate":
@@ -112,6 +115,8 @@ def _refuse_aten(call: Call) -> str | None:
         return _refuse_precision(call)
     if call.time == 0:
         return "PyTorch's fused RNN takes no empty sequence"
+    if call.recompute:
+        return "PyTorch's fused RNN keeps the gates of every step for backward"
     if call.reset:
         return "PyTorch's fused RNN takes no reset mask"
     if call.lengths:
@@ -128,7 +133,21 @@ def _refuse_aten(call: Call) -> str | None:
 
 
 def _load_aten(op: str) -> Callable:
-    return getattr(importlib.import_module("fastrnn.aten"), op)
+    if op.endswith("_gates"):
+        return _load_reference(op)
+    return _of_single(op, lambda single: getattr(importlib.import_module("fastrnn.aten"), single))
+
+
+def _of_single(op: str, load: Callable[[str], Callable]) -> Callable:
+    """An op of a backend that has one direction at a time, and whose forward saves what backward needs as it goes."""
+    cell, _, way = op.partition("_")
+    if way == "gates":
+        forward, kept = load(f"{cell}_forward"), slice(-2, None) if cell == "lstm" else -1
+        return lambda *args: forward(*args[:-1], True)[kept]
+    if not way.startswith("both_"):
+        return load(op)
+    reference, single = importlib.import_module("fastrnn.reference"), op.replace("both_", "")
+    return functools.partial(reference.both, load(single), reference.parameters(single))
 
 
 def _refuse_cpu(call: Call) -> str | None:
@@ -148,7 +167,7 @@ def _refuse_cpu(call: Call) -> str | None:
 
 
 def _load_cpu(op: str) -> Callable:
-    return native("fastrnn_cpu", op)
+    return _of_single(op, functools.partial(native, "fastrnn_cpu"))
 
 
 TABLE: dict[str, Backend] = {
@@ -156,7 +175,7 @@ TABLE: dict[str, Backend] = {
     "aten": Backend(_refuse_aten, _load_aten),
     "cpu": Backend(_refuse_cpu, _load_cpu),
     "triton": Backend(gpu.refuse_triton, gpu.load_triton),
-    "cuda": Backend(gpu.refuse_cuda, gpu.load_cuda),
+    "cuda": Backend(gpu.refuse_cuda, lambda op: _of_single(op, gpu.load_cuda)),
 }
 
 

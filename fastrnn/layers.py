@@ -1,8 +1,12 @@
 """Drop-in twins of torch.nn's LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell.
 
 Same constructor arguments, attributes, parameter names, initial weights for a seed, state_dict, errors and results as
-the torch.nn class of the same name, plus `reset=` masks in forward. A call that torch.nn refuses is refused in
-torch.nn's own words.
+the torch.nn class of the same name, plus `reset=` masks in forward and, of LSTM, GRU and RNN, `recompute`. A call that
+torch.nn refuses is refused in torch.nn's own words.
+
+With `recompute=True`, an argument or at any time an attribute, backward finds the gates of every step again from the
+layer's output instead of having forward keep them: forward keeps H numbers a step and row instead of 6 H (LSTM) or 5 H
+(GRU), beside the layer's input, and backward has the work of forward once more. The RNN never keeps more.
 
 Two differences are on purpose:
 
@@ -35,6 +39,7 @@ class _Layers(Twin, nn.RNNBase):
 
     __jit_unused_properties__: ClassVar = ["all_weights", "_flat_weights"]
     _states = 1
+    recompute: bool = False  # a converted layer, and one unpickled from before there was the argument, has none
 
     def _weights(self) -> list[Tensor]:
         """The current weights in `_flat_weights_names` order; AttributeError names one that is missing."""
@@ -109,7 +114,7 @@ class _Layers(Twin, nn.RNNBase):
         return torch.zeros(rows, batch, self.proj_size, dtype=x.dtype, device=x.device), c
 
     def _directly(self, x: Tensor, hx: Any, weights: list[Tensor]):
-        if self.proj_size or (self.dropout and self.training):
+        if self.proj_size or (self.dropout and self.training) or (self.recompute and torch.is_grad_enabled()):
             return None
         return direct.stack(
             self.mode,
@@ -137,7 +142,11 @@ class _Layers(Twin, nn.RNNBase):
             bidirectional=self.bidirectional,
             batch_sizes=batch_sizes,
             reset=reset,
+            recompute=self.recompute,
         )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None, *, reset: Any = None):
         """Run the sequence through all layers.
@@ -235,10 +244,13 @@ class LSTM(_Layers):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
         **unknown: Any,  # nn.RNNBase names what it does not know
     ) -> None:
         args = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__("LSTM", *args, device, dtype, **unknown)
+        self.recompute = recompute
 
 
 def _refuse_proj_size(unknown: dict[str, Any]) -> None:
@@ -265,11 +277,14 @@ class GRU(_Layers):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
         **unknown: Any,
     ) -> None:
         _refuse_proj_size(unknown)
         args = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         super().__init__("GRU", *args, device, dtype, **unknown)
+        self.recompute = recompute
 
 
 class RNN(_Layers):
@@ -294,6 +309,8 @@ class RNN(_Layers):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
         **unknown: Any,
     ) -> None:
         _refuse_proj_size(unknown)
@@ -302,4 +319,5 @@ class RNN(_Layers):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         args = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         super().__init__(modes[nonlinearity], *args, device, dtype, **unknown)
+        self.recompute = recompute
         self.nonlinearity = nonlinearity

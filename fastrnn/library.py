@@ -1,8 +1,10 @@
 """The ops as PyTorch knows them: schemas, fakes, autograd (any order), autocast.
 
 ``torch.ops.fastrnn.{lstm,gru,rnn}_{forward,backward}`` run one layer in one direction over a sequence, with the
-arguments and results of the functions of the same names in `fastrnn.reference`; ``torch.ops.fastrnn.sample`` draws
-tokens as `fastrnn.reference_sample` defines it. Their bodies only ask `fastrnn.backends` for a function and call it.
+arguments and results of the functions of the same names in `fastrnn.reference`, ``{lstm,gru,rnn}_both_{...}`` both
+directions of a layer, and ``{lstm,gru}_gates`` find again what a forward op did not save; ``torch.ops.fastrnn.sample``
+draws tokens as `fastrnn.reference_sample` defines it. Their bodies only ask `fastrnn.backends` for a function and call
+it.
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ SCHEMAS = {
     "rnn_forward": f"({_GRU}, str nonlinearity) -> (Tensor y, Tensor hn)",
     "rnn_backward": f"(Tensor dy, Tensor dhn, {_GRU}, str nonlinearity, Tensor y)"
     " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)",
+    "lstm_gates": f"({_LSTM}, Tensor y) -> (Tensor gates, Tensor cells)",
+    "gru_gates": f"({_GRU}, Tensor y) -> Tensor gates",
     "sample": "(Tensor logits, Tensor scale, Tensor top_k, Tensor top_p, Tensor min_p, Tensor? mask, Tensor seed,"
     " Tensor sequence, Tensor step, int mode_of, bool logprobs)"
     " -> (Tensor token, Tensor logprob, Tensor tempered_logprob, Tensor margin, Tensor status)",
 }
+
+for _cell in ("lstm", "gru", "rnn"):
+    for _way in ("forward", "backward"):
+        SCHEMAS[f"{_cell}_both_{_way}"] = SCHEMAS[f"{_cell}_{_way}"].replace(", bool reverse", "")
 
 # For each argument of a forward op that has a gradient, the result of the backward op that holds it. Both biases of the
 # LSTM and of the RNN have one gradient.
@@ -69,9 +77,9 @@ def run(op: str, args: Sequence) -> tuple[Tensor, ...]:
         alone = "b_hh" if a["b_ih"] is None else "b_ih"
         raise ValueError(f"{op}: b_ih and b_hh must both be given or both be None, got only {alone}")
     call = Call(
-        op, x.device.type, x.dtype, *x.shape, a["w_hh"].shape[0] // GATES[cell_of(op)],
+        op, x.device.type, x.dtype, *x.shape, a["w_hh"].shape[-2] // GATES[cell_of(op)],
         lengths=a["lengths"] is not None, reset=a["reset"] is not None, projection=a.get("w_hr") is not None,
-        needs_grad=a.get("save", True),
+        needs_grad=a.get("save", True), bidirectional="_both_" in op,
     )  # fmt: skip
     return backends.pick(call)(*args)
 
@@ -101,16 +109,29 @@ def _like(tensor: Tensor) -> Tensor:
 def _fake_forward(op: str, args: Sequence) -> tuple[Tensor, ...]:
     a = dict(zip(ARGUMENTS[op], args))
     x, states = a["x"], [a["h0"], a["c0"]] if "c0" in a else [a["h0"]]
-    time, batch, hidden = x.shape[0], x.shape[1], states[-1].shape[-1]
-    outputs = [x.new_empty((time, *a["h0"].shape)), *map(_like, states)]
-    kept = {"lstm": (4 * hidden, hidden), "gru": (4 * hidden,), "rnn": ()}[cell_of(op)]
-    return *outputs, *(x.new_empty((time, batch, width) if a["save"] else (0,)) for width in kept)
+    (*ways, batch, width), time = a["h0"].shape, x.shape[0]
+    outputs = [x.new_empty((*ways, time, batch, width)), *map(_like, states)]
+    return *outputs, *(x.new_empty(shape if a["save"] else (*ways, 0)) for shape in _kept_shapes(op, a))
+
+
+def _kept_shapes(op: str, a: dict) -> list[tuple[int, ...]]:
+    """The shapes of what backward needs beside y."""
+    *ways, batch, hidden = a["c0" if "c0" in a else "h0"].shape
+    widths = {"lstm": (4 * hidden, hidden), "gru": (4 * hidden,), "rnn": ()}[cell_of(op)]
+    return [(*ways, a["x"].shape[0], batch, width) for width in widths]
+
+
+def _fake_gates(op: str, args: Sequence) -> Tensor | tuple[Tensor, ...]:
+    a = dict(zip(ARGUMENTS[op], args))
+    found = tuple(a["x"].new_empty(shape) for shape in _kept_shapes(op, a))
+    return found if len(found) > 1 else found[0]
 
 
 def _fake_backward(op: str, args: Sequence) -> tuple[Tensor, ...]:
     a = dict(zip(ARGUMENTS[op], args))
     owner = {result: a[argument] for argument, result in GRADIENTS[cell_of(op)].items()}
-    return tuple(a["x"].new_empty(0) if owner[name] is None else _like(owner[name]) for name in RESULTS[op])
+    none = (*a["h0"].shape[:-2], 0)
+    return tuple(a["x"].new_empty(none) if owner[name] is None else _like(owner[name]) for name in RESULTS[op])
 
 
 def _fake_sample(logits, scale, top_k, top_p, min_p, mask, seed, sequence, step, mode_of, logprobs):
@@ -123,9 +144,12 @@ def _fake_sample(logits, scale, top_k, top_p, min_p, mask, seed, sequence, step,
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
-def _setup(op: str, ctx, inputs: Sequence, output: Sequence[Tensor]) -> None:
+def _setup(op: str, ctx, inputs: Sequence, output: Tensor | Sequence[Tensor]) -> None:
     """Keep every argument, and of a forward op also the outputs that its backward op takes."""
     named = dict(zip(ARGUMENTS[op], inputs))
+    if op.endswith("_gates"):
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+        return
     if op.endswith("_forward"):
         kept = ARGUMENTS[op.replace("forward", "backward")]
         named |= ((name, value) for name, value in zip(RESULTS[op], output) if name in kept)
@@ -140,11 +164,14 @@ def _named(ctx) -> dict:
 
 
 def _forward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Autograd of a forward op: its backward op. A gradient that serves both biases is copied for the second."""
-    a, cell, backward = _named(ctx), cell_of(op), f"{cell_of(op)}_backward"
-    if not a.get("save", True):
-        raise RuntimeError(f"{op}: called with save=False, so nothing was kept for backward; call it with save=True")
+    """Autograd of a forward op: its backward op, after finding again what was not saved.
+
+    A gradient that serves both biases is copied for the second.
+    """
+    a, cell, backward = _named(ctx), cell_of(op), op.replace("forward", "backward")
     a |= zip(_cotangents(cell), grads)
+    if not a.get("save", True):
+        a |= _gates_again(op, a)
     results = getattr(torch.ops.fastrnn, backward)(*(a[name] for name in ARGUMENTS[backward]))
     by_name = dict(zip(RESULTS[backward], results))
     gradients = {argument: by_name[result] for argument, result in GRADIENTS[cell].items() if a[argument] is not None}
@@ -153,20 +180,32 @@ def _forward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]
     return tuple(gradients.get(name) for name in ARGUMENTS[op])
 
 
+def _gates_again(op: str, a: dict) -> dict[str, Tensor]:
+    """What backward needs beside y, by name, of a forward op that did not save it."""
+    gates = f"{cell_of(op)}_gates"
+    find, names = getattr(torch.ops.fastrnn, gates), ARGUMENTS[gates]
+    with torch.no_grad():
+        if "_both_" in op:
+            found = reference.both(find, names, *(a[name] for name in names if name != "reverse"))
+        else:
+            found = find(*(a[name] for name in names))
+    return dict(zip(RESULTS[gates], found if isinstance(found, tuple) else (found,)))
+
+
 def _backward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Autograd of a backward op: differentiate the gradient of the definition.
 
     What forward kept (``y``, ``gates``, ``cells``) is a function of the forward's arguments and is recomputed here, so
     it gets no gradient of its own. Made of plain PyTorch, this is differentiable any number of times.
     """
-    a, cell = _named(ctx), cell_of(op)
+    a, cell, forward = _named(ctx), cell_of(op), op.replace("backward", "forward")
     names = [name for name in (*_cotangents(cell), *GRADIENTS[cell]) if a[name] is not None]
     arguments = names[len(_cotangents(cell)) :]
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Copies of their own, tied to the given tensors only where a graph of this gradient is wanted.
         given = a | {name: _own(a[name], higher) for name in names} | {"save": False}
-        outputs = getattr(reference, f"{cell}_forward")(*(given[name] for name in ARGUMENTS[f"{cell}_forward"]))
+        outputs = getattr(reference, forward)(*(given[name] for name in ARGUMENTS[forward]))
         cotangents = [given[name] for name in _cotangents(cell)]
         first = _gradients(outputs, [given[name] for name in arguments], cotangents, True)
     by_name = dict(zip(RESULTS[op], grads))
@@ -176,6 +215,11 @@ def _backward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...
     found = _gradients(first, [given[name] for name in names], weights, higher)
     gradients = dict(zip(names, found))
     return tuple(gradients.get(name) for name in ARGUMENTS[op])
+
+
+def _no_gradient(op: str, ctx, *grads: Tensor) -> tuple[None, ...]:
+    """Of what only backward reads, and what its own gradient finds again."""
+    return (None,) * len(ARGUMENTS[op])
 
 
 def _gradients(outputs: Sequence[Tensor], inputs: list[Tensor], weights: list[Tensor], graph: bool):
@@ -227,9 +271,12 @@ def _register(op: str) -> None:
         _library.impl(op, run_sample, "CompositeExplicitAutograd")
         torch.library.register_fake(name, _fake_sample, lib=_library)
         return
-    fake, gradient = (
-        (_fake_forward, _forward_gradient) if op.endswith("_forward") else (_fake_backward, _backward_gradient)
-    )
+    way = op.rpartition("_")[2]
+    fake, gradient = {
+        "forward": (_fake_forward, _forward_gradient),
+        "backward": (_fake_backward, _backward_gradient),
+        "gates": (_fake_gates, _no_gradient),
+    }[way]
     _library.impl(op, lambda *args: run(op, args), "CompositeExplicitAutograd")
     torch.library.register_fake(name, lambda *args: fake(op, args), lib=_library)
     torch.library.register_autograd(

@@ -183,7 +183,7 @@ class Network(nn.Module):
         y, state = ops.stack(
             self.rnn.mode, x, state, weights, bias=self.rnn.bias, num_layers=self.rnn.num_layers,
             dropout=self.rnn.dropout, training=self.training, bidirectional=False,
-            reset=None if reset is None else reset.t(),
+            reset=None if reset is None else reset.t(), recompute=self.rnn.recompute,
         )  # fmt: skip
         return y.transpose(0, 1), state
 

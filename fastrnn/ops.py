@@ -106,11 +106,11 @@ def _needs_grad(args: Sequence) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def _layer(cell: str, args: tuple) -> tuple[Tensor, ...]:
+def _layer(cell: str, args: tuple, recompute: bool = False) -> tuple[Tensor, ...]:
     """Run one layer by the shortest way that does what the surroundings ask for."""
     args = _in_autocast(args)
     forward, needs_grad, surroundings = f"{cell}_forward", _needs_grad(args), transform()
-    tail = () if cell == "rnn" else (needs_grad,)
+    tail = () if cell == "rnn" else (needs_grad and not recompute,)
     if surroundings == "torch.compile":
         return getattr(torch.ops.fastrnn, forward)(*args, *tail)
     if torch.compiler.is_compiling():  # a transform inside a compiled region: only plain PyTorch can be traced through
@@ -119,7 +119,7 @@ def _layer(cell: str, args: tuple) -> tuple[Tensor, ...]:
     call = Call(
         cell, x.device.type, x.dtype, *x.shape, a["w_hh"].shape[0] // GATES[cell], lengths=a["lengths"] is not None,
         reset=a["reset"] is not None, projection=a.get("w_hr") is not None, needs_grad=needs_grad, training=True,
-        transform=surroundings,
+        recompute=recompute and needs_grad, transform=surroundings,
     )  # fmt: skip
     backend = backends.choose(call).backend
     if surroundings and backend == "reference":
@@ -134,7 +134,7 @@ def _layer(cell: str, args: tuple) -> tuple[Tensor, ...]:
 def stack(
     mode: str, x: Tensor, hx, weights: Sequence[Tensor], *, bias: bool, num_layers: int, dropout: float,
     training: bool, bidirectional: bool, batch_sizes: Tensor | None = None, lengths: Tensor | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | None = None, recompute: bool = False,
 ):  # fmt: skip
     """Run a stack of layers as `torch.nn.LSTM` and its kin do.
 
@@ -146,12 +146,14 @@ def stack(
         dropout: probability, applied in training between the layers.
         lengths: ``(B,)`` int64, for padded ``x``; see `fastrnn.reference`.
         reset: ``(T, B)`` bool in forward time: True starts a new segment at that step, in both directions.
+        recompute: keep of each layer only its y for backward, which finds the gates again.
 
     Returns:
         ``(y, hx)`` with the shapes of `torch.nn.LSTM`; ``y`` is packed data when ``batch_sizes`` is given.
     """
     cell = mode.partition("_")[0].lower()
     states = hx if cell == "lstm" else (hx,)
+    together = bidirectional and x.is_cuda
     if not torch.compiler.is_compiling():
         time, batch = (len(batch_sizes), int(batch_sizes[0])) if batch_sizes is not None else x.shape[:2]
         needs_grad = _needs_grad((x, *states, *weights))
@@ -161,49 +163,65 @@ def stack(
             lengths=lengths is not None, reset=reset is not None, needs_grad=needs_grad,
             projection=len(weights) > states[0].shape[0] * (2 + 2 * bias), training=training,
             dropout=dropout > 0 and training, packed=batch_sizes is not None, bidirectional=bidirectional,
-            transform=transform(),
+            recompute=recompute and needs_grad, transform=transform(),
         )  # fmt: skip
-        if backends.choose(call).backend == "aten":
+        backend = backends.choose(call).backend
+        together = bidirectional and backend == "triton"
+        if backend == "aten":
             options = (bias, num_layers, dropout, training, bidirectional, batch_sizes)
             return aten.stack(mode, x, hx, list(weights), *options, needs_grad=needs_grad)
-    dropout = dropout if training else 0.0
+    how = dict(bias=bias, dropout=dropout if training else 0.0, together=together, recompute=recompute)
+    how["directions"] = 1 + bidirectional
     if batch_sizes is None:
-        return _layer_by_layer(mode, x, states, weights, bias, dropout, bidirectional, lengths, reset)
+        return _layer_by_layer(mode, x, states, weights, lengths, reset, **how)
     x, host_lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
     lengths = host_lengths.to(x.device)
-    y, hx = _layer_by_layer(mode, x, states, weights, bias, dropout, bidirectional, lengths, reset)
+    y, hx = _layer_by_layer(mode, x, states, weights, lengths, reset, **how)
     return _VF._pack_padded_sequence(y, host_lengths, False)[0], hx
 
 
+def _of_layer(cell: str, weights: Sequence[Tensor], count: int) -> list[Tensor | None]:
+    """One direction's weights as the ops take them, from its `count` and what a projection has."""
+    given = [*weights[:count], *(None for _ in range(4 - count))]
+    return [*given, weights[count] if len(weights) > count else None] if cell == "lstm" else given
+
+
+def _both(cell: str, args: tuple, recompute: bool) -> tuple[Tensor, ...]:
+    """Both directions of a layer by one op: ``(y, hn)``, of the LSTM also ``cn``, each (2, ...)."""
+    args = _in_autocast(args)
+    tail = () if cell == "rnn" else (_needs_grad(args) and not recompute,)
+    return getattr(torch.ops.fastrnn, f"{cell}_both_forward")(*args, *tail)[: 3 if cell == "lstm" else 2]
+
+
 def _layer_by_layer(
-    mode: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], bias: bool, dropout: float,
-    bidirectional: bool, lengths: Tensor | None, reset: Tensor | None,
+    mode: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], lengths: Tensor | None,
+    reset: Tensor | None, *, directions: int, bias: bool, dropout: float, together: bool, recompute: bool,
 ):  # fmt: skip
-    """The stack as a loop over layers and directions; ``dropout`` is 0 outside training."""
+    """The stack as a loop over layers and directions, or with both `together`; ``dropout`` is 0 outside training."""
     cell, _, nonlinearity = mode.lower().partition("_")
-    front = {"lstm": lstm, "gru": gru, "rnn": rnn}[cell]
-    options = {"nonlinearity": nonlinearity} if cell == "rnn" else {}
-    slots, directions = states[0].shape[0], 1 + bidirectional
-    per_slot = len(weights) // slots
-    resets = (reset, None if reset is None else torch.cat((reset[1:], torch.zeros_like(reset[:1]))))
+    count, per_slot = 2 + 2 * bias, len(weights) // states[0].shape[0]
+    resets = (reset, reference.reset_of(reset, 1) if directions == 2 and not together else None)
+    slots = [slice(first, first + per_slot) for first in range(0, len(weights), per_slot)]
     ends: list[tuple[Tensor, ...]] = []
-    for slot in range(slots):
-        direction = slot % directions
-        if direction == 0:
-            if slot and dropout:
-                x = F.dropout(x, dropout, True)
+    for first in range(0, len(slots), directions):
+        if first and dropout:
+            x = F.dropout(x, dropout, True)
+        own = [_of_layer(cell, weights[slot], count) for slot in slots[first : first + directions]]
+        if together:
+            given = [None if ways[0] is None else torch.stack(ways) for ways in zip(*own)]
+            tail = (lengths, reset, nonlinearity) if cell == "rnn" else (lengths, reset)
+            y, *end = _both(cell, (x, *(s[first : first + 2] for s in states), *given, *tail), recompute)
+            outputs = list(y)
+            ends.extend(zip(*end))
+        else:
             outputs = []
-        own = list(weights[slot * per_slot : (slot + 1) * per_slot])
-        biases = own[2:4] if bias else [None, None]
-        projection = own[2 + 2 * bias :] if cell == "lstm" else []
-        y, *end = front(
-            x, *(s[slot] for s in states), *own[:2], *biases, *projection, lengths=lengths, reset=resets[direction],
-            reverse=direction == 1, **options,
-        )  # fmt: skip
-        outputs.append(y)
-        ends.append(tuple(end))
-        if len(outputs) == directions:
-            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            for direction, weight in enumerate(own):
+                tail = (lengths, resets[direction], direction == 1, *((nonlinearity,) if cell == "rnn" else ()))
+                given = (x, *(s[first + direction] for s in states), *weight, *tail)
+                y, *end = _layer(cell, given, recompute)[: 1 + len(states)]
+                outputs.append(y)
+                ends.append(tuple(end))
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
     if directions == 1 and x.requires_grad:
         x = x.clone()  # the op keeps its y for backward, and a caller may write into this one, as after torch.nn.GRU
     hx = tuple(torch.stack(s) for s in zip(*ends))

@@ -34,10 +34,19 @@ Arguments common to all functions:
 * ``reverse``: the steps run from the last to the first; ``y[t]`` belongs to ``x[t]`` in either direction.
 * ``save``: return what backward needs; otherwise those tensors come back as empty ``(0,)`` tensors.
 
+``{lstm,gru}_gates`` find what backward needs once more, from ``y``. ``{lstm,gru,rnn}_both_{forward,backward}`` run both
+directions of a layer: every argument and result but ``x``, its gradient, ``lengths``, ``reset`` and ``save`` has one
+dimension more, the first, for the forward and the reverse direction; ``reset[t]`` starts a new segment at step ``t``,
+which the reverse direction, coming from the other side, enters at ``t - 1``.
+
 Nothing here is done in place, so autograd, forward-mode AD and ``torch.func`` transforms go through it.
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +78,23 @@ def lstm_forward(
     if not save:
         return y, _copy(h), _copy(c), x.new_empty(0), x.new_empty(0)
     return y, _copy(h), _copy(c), _stack(gates, c0, 4), _stack(cells, c0)
+
+
+def lstm_gates(
+    x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor | None, lengths: Tensor | None, reset: Tensor | None, reverse: bool, y: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``(gates, cells)`` of `lstm_forward`, from its ``y``: one product for all steps, then the cells step by step."""
+    pre = linear(x, w_ih, b_ih) + linear(_previous(y, h0, lengths, reset, reverse), w_hh, b_hh)
+    i, f, g, o = pre.chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c, gates, cells = c0, {}, {}
+    for t in _steps(x.shape[0], reverse):
+        exists, fresh = _masks(t, lengths, reset)
+        c_next = f[t] * _zero_where(fresh, c) + i[t] * g[t]
+        gates[t] = _zero_unless(exists, torch.cat((i[t], f[t], g[t], o[t]), -1))
+        cells[t], c = _zero_unless(exists, c_next), _keep_unless(exists, c_next, c)
+    return _stack(gates, c0, 4), _stack(cells, c0)
 
 
 def lstm_backward(
@@ -106,8 +132,8 @@ def lstm_backward(
 
 
 def gru_forward(
-    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    lengths: Tensor | None, reset: Tensor | None, reverse: bool, save: bool,
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
+    reset: Tensor | None, reverse: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one GRU layer: ``(y (T,B,H), hn (B,H), gates (T,B,4H))``; ``gates`` holds ``r z n q``."""
     gx = linear(x, w_ih, b_ih)
@@ -124,6 +150,19 @@ def gru_forward(
         gates[t] = _zero_unless(exists, torch.cat((r, z, n, q), -1)) if save else None
         h = _keep_unless(exists, h_next, h)
     return _stack(ys, h0), _copy(h), _stack(gates, h0, 4) if save else x.new_empty(0)
+
+
+def gru_gates(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
+    reset: Tensor | None, reverse: bool, y: Tensor,
+) -> Tensor:
+    """``gates`` of `gru_forward`, from its ``y``: two products for all steps."""
+    xr, xz, xn = linear(x, w_ih, b_ih).chunk(3, -1)
+    hr, hz, q = linear(_previous(y, h0, lengths, reset, reverse), w_hh, b_hh).chunk(3, -1)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    gates = torch.cat((r, z, (xn + r * q).tanh(), q), -1)
+    exists = None if lengths is None else _steps_of_rows(x, lengths)
+    return _zero_unless(exists, gates)
 
 
 def gru_backward(
@@ -150,8 +189,8 @@ def gru_backward(
 
 
 def rnn_forward(
-    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    lengths: Tensor | None, reset: Tensor | None, reverse: bool, nonlinearity: str,
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
+    reset: Tensor | None, reverse: bool, nonlinearity: str,
 ) -> tuple[Tensor, Tensor]:
     """Run one Elman layer, ``nonlinearity`` "tanh" or "relu": ``(y (T,B,H), hn (B,H))``; backward needs ``y`` alone."""
     activation = {"tanh": torch.tanh, "relu": torch.relu}[nonlinearity]
@@ -182,6 +221,45 @@ def rnn_backward(
     return dgx @ w_ih, _copy(dh), _outer_sum(dgx, x), _outer_sum(dgx, h_prev), db
 
 
+def both(function: Callable, names: Sequence[str], *args) -> tuple[Tensor, ...]:
+    """A function of one direction, whose parameters have these names, for both directions."""
+    given = dict(zip((name for name in names if name != "reverse"), args, strict=True))
+    ways = []
+    for direction in (0, 1):
+        own = {n: v if v is None or n in _SHARED else v[direction] for n, v in given.items()}
+        own |= {"reset": reset_of(given["reset"], direction), "reverse": direction == 1}
+        found = function(*(own[name] for name in names))
+        ways.append(found if isinstance(found, tuple) else (found,))
+    results = [torch.stack(pair) for pair in zip(*ways)]
+    if "dy" in given:
+        results[0] = results[0].sum(0)  # x is one for both
+    return tuple(results)
+
+
+_SHARED = ("x", "lengths", "reset", "save", "nonlinearity")
+
+
+def reset_of(reset: Tensor | None, direction: int) -> Tensor | None:
+    """Before which steps a direction sets its state to zero, if a new segment starts where ``reset`` says."""
+    if reset is None or direction == 0:
+        return reset
+    return torch.cat((reset[1:], torch.zeros_like(reset[:1])))
+
+
+def parameters(op: str) -> tuple[str, ...]:
+    """The names of the parameters of a function of this file."""
+    return tuple(inspect.signature(globals()[op]).parameters)
+
+
+def _both(op: str) -> Callable:
+    return functools.partial(both, globals()[op], parameters(op))
+
+
+lstm_both_forward, lstm_both_backward = _both("lstm_forward"), _both("lstm_backward")
+gru_both_forward, gru_both_backward = _both("gru_forward"), _both("gru_backward")
+rnn_both_forward, rnn_both_backward = _both("rnn_forward"), _both("rnn_backward")
+
+
 def _steps(time: int, reverse: bool) -> range:
     """The order in which the steps are processed."""
     return range(time - 1, -1, -1) if reverse else range(time)
@@ -191,6 +269,11 @@ def _masks(t: int, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor
     """For step ``t``: which rows have it ``(B, 1)``, and which start afresh there ``(B, 1)``; None means all, none."""
     exists = None if lengths is None else (lengths > t).unsqueeze(-1)
     return exists, None if reset is None else reset[t].unsqueeze(-1)
+
+
+def _steps_of_rows(x: Tensor, lengths: Tensor) -> Tensor:
+    """Which rows have which step ``(T, B, 1)``."""
+    return (lengths > torch.arange(x.shape[0], device=x.device).unsqueeze(-1)).unsqueeze(-1)
 
 
 def _zero_where(mask: Tensor | None, value: Tensor) -> Tensor:

@@ -100,25 +100,50 @@ def add_product(
 
 
 @triton.jit
-def first_row(first_b, T, B, BACKWARDS: tl.constexpr):
+def add_four_products(
+    a_i, a_f, a_g, a_o, p_a, at, m_b, K, p_w, o_n, H: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`add_product` with the weights of four gates, for one pass over A."""
+    for k in range(0, counted(K), BK):
+        o_k = k + tl.arange(0, BK)
+        a = load_shared(p_a, at, o_k, m_b, K)
+        a_i = tl.dot(a, load_weight(p_w, o_k, o_n, K, H, 1, K), a_i, input_precision=PRECISION)
+        a_f = tl.dot(a, load_weight(p_w + H * K, o_k, o_n, K, H, 1, K), a_f, input_precision=PRECISION)
+        a_g = tl.dot(a, load_weight(p_w + 2 * H * K, o_k, o_n, K, H, 1, K), a_g, input_precision=PRECISION)
+        a_o = tl.dot(a, load_weight(p_w + 3 * H * K, o_k, o_n, K, H, 1, K), a_o, input_precision=PRECISION)
+    return a_i, a_f, a_g, a_o
+
+
+@triton.jit
+def place_of(program, B, BB: tl.constexpr, DIRECTION: tl.constexpr):
+    """A program's direction, whether it is reverse, and its first sequence in the batch and among all directions'.
+
+    DIRECTION is "forward", "reverse" or "both", a launch for both directions. Then every tensor but the lengths has the
+    reverse one's part after the other's, and so are the programs ordered.
+    """
+    if DIRECTION == "both":
+        slices = tl.cdiv(B, BB)
+        d, local_b = (program // slices).to(tl.int64), (program % slices).to(tl.int64) * BB
+        return d, d == 1, local_b, d * B + local_b
+    else:
+        local_b = program.to(tl.int64) * BB
+        return 0, DIRECTION == "reverse", local_b, local_b
+
+
+@triton.jit
+def first_row(d, local_b, T, B, backwards):
     """The first row of the first step taken.
 
     There is one: a loop over steps that might not run would have what is computed after it kept from before it.
     """
     tl.assume(T > 0)
-    if BACKWARDS:
-        return first_b + (T - 1).to(tl.int64) * B
-    else:
-        return first_b
+    return local_b + d * T * B + tl.where(backwards, T - 1, 0).to(tl.int64) * B
 
 
 @triton.jit
-def step_index(s, T, BACKWARDS: tl.constexpr):
+def step_index(s, T, backwards):
     """The t of the s-th step taken."""
-    if BACKWARDS:
-        return T - 1 - s
-    else:
-        return s
+    return tl.where(backwards, T - 1 - s, s)
 
 
 @triton.jit
@@ -131,12 +156,12 @@ def load_lengths(p_lengths, first_b, o_b, m_b, T):
 
 
 @triton.jit
-def has_step(p_lengths, length, m_b, s, T, BACKWARDS: tl.constexpr):
+def has_step(p_lengths, length, m_b, s, T, backwards):
     """Which sequences have the s-th step taken, s < T."""
     if p_lengths is None:
         return m_b
     else:
-        return step_index(s, T, BACKWARDS) < length
+        return step_index(s, T, backwards) < length
 
 
 @triton.jit
@@ -164,12 +189,9 @@ def unless(fresh, value):
 
 
 @triton.jit
-def is_first(t, length, REVERSE: tl.constexpr):
+def is_first(t, length, reverse):
     """Whether a sequence's step t is the first that forward takes, so that it starts from the initial state."""
-    if REVERSE:
-        return t == length - 1
-    else:
-        return (t + length * 0) == 0
+    return t == tl.where(reverse, length - 1, 0)
 
 
 @triton.jit

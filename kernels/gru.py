@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear
 
 from . import launch, tuning
 from .cell_math import (
@@ -31,6 +30,7 @@ from .cell_math import (
     load_shared,
     load_weight,
     meet,
+    place_of,
     sigmoid,
     step_index,
     store_as,
@@ -38,7 +38,7 @@ from .cell_math import (
     tanh,
     tile_of,
     unless,
-)
+)  # fmt: skip
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def add_products(
 
 @triton.jit(**launch.SEQUENCE)
 def resident_forward_kernel(
-    p_gx, p_h0, p_w, p_b, p_lengths, p_reset, p_y, p_hn, p_gates, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
+    p_gx, p_h0, p_w, p_b, p_lengths, p_reset, p_y, p_hn, p_gates, T, B, H: tl.constexpr, DIRECTION: tl.constexpr,
     BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
@@ -102,21 +102,22 @@ def resident_forward_kernel(
     Owns: all results of BB sequences. Keeps: W_hh and h on chip. Moves: gx in, y and gates out. Syncs: none but
     those of the products. Limits: H <= BH, and W_hh must fit into one multiprocessor.
     """
-    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
-    m_b = first_b + o_b < B
+    d, reverse, local_b, first_b = place_of(tl.program_id(0), B, BB, DIRECTION)
+    o_b, o_h, p_w = tl.arange(0, BB), tl.arange(0, BH), p_w + d * 3 * H * H
+    m_b = local_b + o_b < B
     m = m_b[:, None] & (o_h < H)[None, :]
     w_r, w_z = load_weight(p_w, o_h, o_h, H, H, 1, H), load_weight(p_w + H * H, o_h, o_h, H, H, 1, H)
     w_n = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, 1, H)
-    b_r, b_z, b_n = load_biases(p_b, o_h, o_h < H, H)
-    h, length = load_float(tile_of(p_h0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, first_b, o_b, m_b, T)
-    row, move = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B)
-    h = unless(load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, REVERSE)), h)
+    b_r, b_z, b_n = load_biases(p_b, d * 3 * H + o_h, o_h < H, H)
+    h, length = load_float(tile_of(p_h0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, local_b, o_b, m_b, T)
+    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    h = unless(load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, reverse)), h)
     x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_h, 3 * H), m, H)
     for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, REVERSE)
+        exists = has_step(p_lengths, length, m_b, s, T, reverse)
         a_r, a_z, a_n = x_r.to(tl.float32) + b_r, x_z.to(tl.float32) + b_z, x_n.to(tl.float32)
         # Of the next step, early.
-        fresh = load_fresh(p_reset, row + move, o_b, has_step(p_lengths, length, m_b, s + 1, T, REVERSE) & (T > s + 1))
+        fresh = load_fresh(p_reset, row + move, o_b, has_step(p_lengths, length, m_b, s + 1, T, reverse) & (T > s + 1))
         x_r, x_z, x_n = load_input(tile_of(p_gx, row + move, o_b, o_h, 3 * H), m & (T > s + 1), H)
         operand, q = h.to(w_r.dtype), tl.zeros((BB, BH), tl.float32) + b_n
         a_r = tl.dot(operand, w_r, a_r, input_precision=PRECISION)
@@ -133,7 +134,7 @@ def resident_forward_kernel(
 @triton.jit(**launch.SEQUENCE)
 def tiled_forward_kernel(
     p_gx, p_h0, p_w, p_b, p_lengths, p_reset, p_y, p_hn, p_gates, p_ring, p_h, p_turn, T, B, H: tl.constexpr,
-    REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch, by a group of PROGRAMS programs.
@@ -143,22 +144,24 @@ def tiled_forward_kernel(
     (2, B, H), where steps take turns. Syncs: the group once a step. Limits: a group of more than one program needs a
     cooperative launch.
     """
-    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
-    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
+    d, reverse, local_b, first_b = place_of(tl.program_id(1), B, BB, DIRECTION)
+    o_b, p_w = tl.arange(0, BB), p_w + d * 3 * H * H
+    m_b, n_first, turn = local_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     copy_tiles(p_h0, p_ring, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     copy_tiles(p_h0, p_h, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move, half = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B), B.to(tl.int64) * H
+    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    half = (2 if DIRECTION == "both" else 1) * B.to(tl.int64) * H
     for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, REVERSE)
+        exists = has_step(p_lengths, length, m_b, s, T, reverse)
         m_from = exists & ~load_fresh(p_reset, row, o_b, exists)
         p_old, p_new = p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for i_n in range(n_first, H, PROGRAMS * BN):
             o_n = i_n + tl.arange(0, BN)
             m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_h, first_b, o_b, o_n, H)
             x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_n, 3 * H), m, H)
-            b_r, b_z, b_n = load_biases(p_b, o_n, o_n < H, H)
+            b_r, b_z, b_n = load_biases(p_b, d * 3 * H + o_n, o_n < H, H)
             h = load_float(p_state, m)
             a_r, a_z, q = x_r.to(tl.float32) + b_r, x_z.to(tl.float32) + b_z, tl.zeros((BB, BN), tl.float32) + b_n
             a_r, a_z, q = add_products(
@@ -220,28 +223,30 @@ def store_gradients(p_dgh, p_dn, row, o_b, o_n, m, da_r, da_z, dq, dn, H: tl.con
 @triton.jit(**launch.SEQUENCE)
 def resident_backward_kernel(
     p_dy, p_dhn, p_h0, p_w, p_lengths, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, T, B, H: tl.constexpr,
-    REVERSE: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
 
     Owns: dgh, dn and dh0 of BB sequences. Keeps: W_hh and dh on chip. Moves: dy, y and gates in, dgh and dn out.
     Syncs: none but those of the products. Limits: as forward.
     """
-    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
-    m_b = first_b + o_b < B
+    d, reverse, local_b, first_b = place_of(tl.program_id(0), B, BB, DIRECTION)
+    o_b, o_h, p_w = tl.arange(0, BB), tl.arange(0, BH), p_w + d * 3 * H * H
+    m_b = local_b + o_b < B
     m = m_b[:, None] & (o_h < H)[None, :]
     w_r, w_z = load_weight(p_w, o_h, o_h, H, H, H, 1), load_weight(p_w + H * H, o_h, o_h, H, H, H, 1)
     w_n = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, H, 1)
     dh, h0 = load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m), load_float(tile_of(p_h0, first_b, o_b, o_h, H), m)
-    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
-    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
+    length = load_lengths(p_lengths, local_b, o_b, m_b, T)
+    against = reverse == 0
+    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
     fresh_next = load_fresh(p_reset, row, o_b, m_b)
     r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), m, H)
     dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), m, other=0.0)
     before = tl.load(tile_of(p_y, row + move, o_b, o_h, H), m & (T > 1), other=0.0)
     for s in range(T):
-        t, fresh = step_index(s, T, not REVERSE), fresh_next
-        exists, first = has_step(p_lengths, length, m_b, s, T, not REVERSE), is_first(t, length, REVERSE)
+        t, fresh = step_index(s, T, against), fresh_next
+        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
         h_prev = unless(fresh, tl.where(first[:, None], h0, before.to(tl.float32)))
         da_r, da_z, dq, dn, direct = cell_gradient(
             tl.where(exists[:, None], dh + dy.to(tl.float32), 0.0), r.to(tl.float32), z.to(tl.float32),
@@ -264,7 +269,7 @@ def resident_backward_kernel(
 @triton.jit(**launch.SEQUENCE)
 def tiled_backward_kernel(
     p_dy, p_dhn, p_h0, p_w, p_lengths, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, p_dh, p_turn, T, B, H: tl.constexpr,
-    REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch, by a group of PROGRAMS programs.
@@ -272,15 +277,17 @@ def tiled_backward_kernel(
     Owns: every PROGRAMS-th tile of BN units of BB sequences. Keeps: nothing; dh (B, H) lies in float32 scratch. Moves:
     dy, y and gates in, dgh out and in, dn out, W_hh once. Syncs: the group once a step. Limits: as forward.
     """
-    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
-    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
+    d, reverse, local_b, first_b = place_of(tl.program_id(1), B, BB, DIRECTION)
+    o_b, p_w = tl.arange(0, BB), p_w + d * 3 * H * H
+    m_b, n_first, turn = local_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     copy_tiles(p_dhn, p_dh, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
-    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
+    against = reverse == 0
+    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
     for s in range(T):
-        t, fresh = step_index(s, T, not REVERSE), load_fresh(p_reset, row, o_b, m_b)
-        exists, first = has_step(p_lengths, length, m_b, s, T, not REVERSE), is_first(t, length, REVERSE)
+        t, fresh = step_index(s, T, against), load_fresh(p_reset, row, o_b, m_b)
+        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
         for i_n in range(n_first, H, PROGRAMS * BN):
             o_n = i_n + tl.arange(0, BN)
             m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_dh, first_b, o_b, o_n, H)
@@ -306,27 +313,28 @@ def gru_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.gru_forward`."""
     time, batch, inputs, hidden = launch.check_shapes("gru", locals())
-    y, (hn,) = x.new_empty(time, batch, hidden), launch.like(h0)
-    gates = x.new_empty(time, batch, 4 * hidden) if save else None
+    ways, (hn,) = h0.shape[:-2], launch.like(h0)
+    y = x.new_empty(*ways, time, batch, hidden)
+    gates = x.new_empty(*ways, time, batch, 4 * hidden) if save else None
     h0, w_hh, b_hh, lengths, reset = launch.contiguous(h0, w_hh, b_hh, lengths, launch.flag(reset))
     results, sizes = (y, hn, gates), dict(H=hidden, PRECISION=launch.precision(x))
     if time == 0:
         hn.copy_(h0)
-    elif time == 1:
+    elif time == 1 and not ways:
         x, w_ih, b_ih = launch.contiguous(x, w_ih, b_ih)
         plan = tuning.step("gru", hidden, batch, x.dtype)
         args = (x, None, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, *results, batch, inputs)
         launch.run(step_kernel, plan, *args, **sizes)
     else:
-        gx, sizes["REVERSE"] = linear(x, w_ih, b_ih).contiguous(), reverse
-        plan = tuning.sequence("gru", "forward", hidden, batch, x.dtype, launch.processors(x))
+        gx, sizes["DIRECTION"] = launch.input_part(x, w_ih, b_ih), launch.direction_of(h0, reverse)
+        plan = launch.sequence_plan("gru", "forward", x, h0, hidden)
         args = (gx, h0, w_hh, b_hh, lengths, reset, *results)
         if plan.resident:
             launch.run(resident_forward_kernel, plan, *args, time, batch, **sizes)
         else:
-            scratch = (x.new_empty(2, batch, hidden), launch.floats(x, batch, hidden), plan.turns(x))
+            scratch = (x.new_empty(2, *h0.shape), launch.floats(x, *h0.shape), plan.turns(x))
             launch.run(tiled_forward_kernel, plan, *args, *scratch, time, batch, **sizes)
-    return y, hn, x.new_empty(0) if gates is None else gates
+    return y, hn, x.new_empty(*ways, 0) if gates is None else gates
 
 
 def gru_backward(
@@ -335,26 +343,30 @@ def gru_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.gru_backward`."""
     time, batch, inputs, hidden = launch.check_shapes("gru", locals())
-    dgh, (dn, dh0) = x.new_empty(time, batch, 3 * hidden), launch.like(y, h0)
+    ways, (dn, dh0) = h0.shape[:-2], launch.like(y, h0)
+    dgh = x.new_empty(*ways, time, batch, 3 * hidden)
     dy, dhn, h, w, length, fresh, y, gates = launch.contiguous(dy, dhn, h0, w_hh, lengths, launch.flag(reset), y, gates)
-    plan = tuning.sequence("gru", "backward", hidden, batch, x.dtype, launch.processors(x))
-    sizes = dict(H=hidden, REVERSE=reverse, PRECISION=launch.precision(x))
+    plan = launch.sequence_plan("gru", "backward", x, h0, hidden)
+    sizes = dict(H=hidden, DIRECTION=launch.direction_of(h0, reverse), PRECISION=launch.precision(x))
     args = (dy, dhn, h, w, length, fresh, y, gates, dgh, dn, dh0)
     if time == 0:
         dh0.copy_(dhn)
     elif plan.resident:
         launch.run(resident_backward_kernel, plan, *args, time, batch, **sizes)
     else:
-        scratch = (launch.floats(x, batch, hidden), plan.turns(x))
+        scratch = (launch.floats(x, *h0.shape), plan.turns(x))
         launch.run(tiled_backward_kernel, plan, *args, *scratch, time, batch, **sizes)
-    rows, cut = time * batch, 2 * hidden
-    da, dn_rows = dgh.view(rows, 3 * hidden)[:, :cut], dn.view(rows, hidden)  # what r, z and what n get from the input
-    dx = torch.addmm(da @ w_ih[:cut], dn_rows, w_ih[cut:]).view(time, batch, inputs)
-    dw_ih = torch.cat((launch.weight_gradient(dgh[..., :cut], x, lengths), launch.weight_gradient(dn, x, lengths)))
+    cut, none = 2 * hidden, x.new_empty(*ways, 0)
+    da = dgh[..., :cut]  # what r and z get from the input, as dn is what n gets
+    dx = launch.input_gradient(x, (da, w_ih[..., :cut, :]), (dn, w_ih[..., cut:, :]))
+    dw_ih = torch.cat((launch.weight_gradient(da, x, lengths), launch.weight_gradient(dn, x, lengths)), -2)
     dw_hh = launch.weight_gradient(dgh, launch.previous(y, h0, lengths, reset, reverse))
-    sums = x.new_empty(0) if b_ih is None and b_hh is None else dgh.sum((0, 1))
-    db_ih = x.new_empty(0) if b_ih is None else torch.cat((sums[:cut], dn.sum((0, 1))))
-    return dx, dh0, dw_ih, dw_hh, db_ih, x.new_empty(0) if b_hh is None else sums
+    sums = none if b_ih is None and b_hh is None else dgh.sum((-3, -2))
+    db_ih = none if b_ih is None else torch.cat((sums[..., :cut], dn.sum((-3, -2))), -1)
+    return dx, dh0, dw_ih, dw_hh, db_ih, none if b_hh is None else sums
+
+
+gru_both_forward, gru_both_backward = launch.both(gru_forward), launch.both(gru_backward)
 
 
 def variants() -> list[launch.Variant]:

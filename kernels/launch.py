@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import tuning
 
@@ -35,16 +38,18 @@ class Variant(NamedTuple):
 
 
 def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
-    """``(T, B, I, H)`` of the arguments of a cell's op, by name.
+    """``(T, B, I, H)`` of the arguments of a cell's op, by name; all but x and the lengths may have two directions.
 
     Raises:
         RuntimeError: a shape, dtype or device does not go with the others; kernels would read beyond it.
     """
     op = f"{cell}_{'backward' if 'dy' in given else 'forward'}"
     x, h0 = given["x"], given["h0"]
-    if x.dim() != 3 or h0.dim() != 2:
-        raise RuntimeError(f"{op}: x must be (T, B, I) and h0 (B, H), got {tuple(x.shape)} and {tuple(h0.shape)}")
-    (time, batch, inputs), width = x.shape, h0.shape[1]
+    ways = tuple(h0.shape[:-2])
+    if x.dim() != 3 or h0.dim() < 2 or ways not in ((), (2,)):
+        needed = "(B, H), or (2, B, H) for both directions"
+        raise RuntimeError(f"{op}: x must be (T, B, I) and h0 {needed}, got {tuple(x.shape)} and {tuple(h0.shape)}")
+    (time, batch, inputs), width = x.shape, h0.shape[-1]
     hidden = given["c0"].shape[-1] if cell == "lstm" else width
     rows, kept = GATES[cell] * hidden, 4 * hidden
     shapes = dict(
@@ -56,6 +61,7 @@ def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
         tensor = given.get(name)
         if tensor is None:
             continue
+        shape = shape if name == "lengths" else (*ways, *shape)
         if tuple(tensor.shape) != shape:
             raise RuntimeError(
                 f"{op}: {name} must be {shape} for T={time} B={batch} I={inputs} H={hidden}, got {tuple(tensor.shape)}"
@@ -126,19 +132,66 @@ def run(kernel, plan: tuning.Plan, *args, **constants) -> None:
         kernel[plan.grid](*args, **constants, **blocks, **options)
 
 
+def direction_of(h0: Tensor, reverse: bool) -> str:
+    """The directions of a launch, as the kernels name them."""
+    return "both" if h0.dim() == 3 else "reverse" if reverse else "forward"
+
+
+def both(function: Callable) -> Callable:
+    """The op for both directions of a layer, from the one for one direction that also takes what has two of them."""
+    at = list(inspect.signature(function).parameters).index("reverse")
+
+    @functools.wraps(function)
+    def run(*args):
+        reset = args[at - 1]
+        if reset is not None:  # the reverse direction comes from the other side
+            reset = torch.stack((reset, torch.cat((reset[1:], torch.zeros_like(reset[:1])))))
+        return function(*args[: at - 1], reset, False, *args[at:])
+
+    return run
+
+
+def sequence_plan(cell: str, way: str, x: Tensor, h0: Tensor, hidden: int, projection: bool = False) -> tuning.Plan:
+    """The plan of a whole sequence for arguments of one direction or of two."""
+    sizes = (hidden, x.shape[1], x.dtype, processors(x), projection)
+    return tuning.sequence(cell, way, *sizes, directions=h0.dim() - 1)
+
+
+def input_part(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """The input's part of all pre-activations, ``(T, B, G*H)`` for each direction."""
+    if w_ih.dim() == 2:
+        return linear(x, w_ih, bias).contiguous()
+    rows = x.flatten(0, 1).expand(2, -1, -1)
+    part = rows @ w_ih.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, w_ih.mT)
+    return part.view(2, *x.shape[:2], w_ih.shape[1])
+
+
+def input_gradient(x: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient of x ``(T, B, I)``: of all parts and directions the sum of gradients ``(T, B, M)`` by ``(M, I)``."""
+    rows, dx = x.shape[0] * x.shape[1], None
+    for gradients, weights in parts:
+        ways, width = 1 if weights.dim() == 2 else 2, weights.shape[-2]
+        for d, w in zip(gradients.reshape(ways, rows, width), weights.reshape(ways, width, -1)):
+            dx = d @ w if dx is None else torch.addmm(dx, d, w)
+    return dx.view(x.shape)
+
+
 def weight_gradient(left: Tensor, right: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Sum of the outer products over time and batch, ``(T,B,M), (T,B,N) -> (M,N)``, as one matrix product.
+    """Sum of the outer products over time and batch, ``(T,B,M), (T,B,N) -> (M,N)``, as one product a direction.
 
     With ``lengths``, what ``right`` holds beyond them does not count, not even a NaN.
     """
     if lengths is not None:
-        beyond = torch.arange(right.shape[0], device=right.device).unsqueeze(-1) >= lengths
+        beyond = torch.arange(right.shape[-3], device=right.device).unsqueeze(-1) >= lengths
         right = right.masked_fill(beyond.unsqueeze(-1), 0)
-    return left.flatten(0, 1).t() @ right.flatten(0, 1)
+    return left.flatten(-3, -2).mT @ right.flatten(-3, -2)
 
 
 def previous(y: Tensor, first: Tensor, lengths: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
     """The state ``(T, B, .)`` that each step started from, of every step's result and the initial state."""
+    if first.dim() == 3:
+        resets = (None, None) if reset is None else reset
+        return torch.stack([previous(y[d], first[d], lengths, resets[d], d == 1) for d in (0, 1)])
     start = first.unsqueeze(0)
     if not reverse:
         before = torch.cat((start, y[:-1]))[: y.shape[0]]
@@ -165,26 +218,28 @@ def variants_of(cell: str, names: dict[str, Any], **constants) -> list[Variant]:
 
     def add(form: str, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, **others) -> None:
         size = f"{hidden}to{others['P']}" if "P" in others else str(hidden)
-        title = f"{cell}/{form}/{_TYPES[dtype]}/{size}{'/masked' * given}{'/reverse' * others.get('REVERSE', False)}"
+        title = f"{cell}/{form}/{_TYPES[dtype]}/{size}{'/masked' * given}"
+        title += "" if others.get("DIRECTION", "forward") == "forward" else f"/{others['DIRECTION']}"
         kernel = names[f"{form}_kernel"]
         found.append(variant(title, kernel, plan, dtype, hidden, given, constants | others))
 
     for dtype in _TYPES:
         wide = tuning.widest(cell, dtype)
-        cases = [(wide, 64, False, False), (512, 16, False, False)]
+        cases = [(wide, 64, False, "forward"), (512, 16, False, "forward")]
         if dtype != torch.float16:  # compiled as bfloat16 is
-            cases += [(wide, 64, True, False), (wide - 7, 64, True, True), (wide // 2 - 7, 64, True, False)]
-            cases += [(300, 10_000, True, False)]
-        for hidden, batch, given, reverse in cases:
+            cases += [(wide, 64, True, "both"), (wide - 7, 64, True, "reverse"), (wide // 2 - 7, 64, True, "forward")]
+            cases += [(300, 10_000, True, "both")]
+        for hidden, batch, given, direction in cases:
             for way in ("forward", "backward"):
-                plan = tuning.sequence(cell, way, hidden, batch, dtype, 132)
-                add(f"{'resident' if plan.resident else 'tiled'}_{way}", plan, dtype, hidden, given, REVERSE=reverse)
+                plan = tuning.sequence(cell, way, hidden, batch, dtype, 132, directions=1 + (direction == "both"))
+                form = f"{'resident' if plan.resident else 'tiled'}_{way}"
+                add(form, plan, dtype, hidden, given, DIRECTION=direction)
         for hidden, batch, given in ((20, 3, True), (512, 64, False)):
             if given or dtype != torch.float16:
                 add("step", tuning.step(cell, hidden, batch, dtype), dtype, hidden, given)
         for way in ("forward", "backward") if cell == "lstm" and dtype != torch.float16 else ():
-            plan = tuning.sequence(cell, way, 20, 3, dtype, 132, projection=True)
-            add(f"tiled_{way}", plan, dtype, 20, True, P=10, REVERSE=True)
+            plan = tuning.sequence(cell, way, 20, 3, dtype, 132, projection=True, directions=2)
+            add(f"tiled_{way}", plan, dtype, 20, True, P=10, DIRECTION="both")
     return found
 
 
@@ -193,7 +248,7 @@ def variant(
 ) -> Variant:
     """A kernel for a width; lengths and a reset mask are there if ``given``, a projection where P is not H."""
     short, aligned, absent = _TYPES[dtype], [], () if given else ("p_lengths", "p_reset")
-    known = plan.blocks | dict(H=hidden, P=hidden, REVERSE=False, p_ids=None) | constants
+    known = plan.blocks | dict(H=hidden, P=hidden, DIRECTION="forward", p_ids=None) | constants
     known["PRECISION"] = "tf32x3" if dtype == torch.float32 else "ieee"
     anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
     absent += () if known["P"] != hidden else ("p_wr", "p_dhs", "p_m")

@@ -10,14 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear
 
 from . import launch, tuning
 from .cell_math import (
     add_back,
+    add_four_products,
     add_product,
     copy_tiles,
-    counted,
     finish_state,
     first_row,
     has_step,
@@ -29,9 +28,9 @@ from .cell_math import (
     load_gates,
     load_lengths,
     load_previous,
-    load_shared,
     load_weight,
     meet,
+    place_of,
     sigmoid,
     step_index,
     store_as,
@@ -39,7 +38,7 @@ from .cell_math import (
     tanh,
     tile_of,
     unless,
-)
+)  # fmt: skip
 
 
 @triton.jit
@@ -77,47 +76,33 @@ def add_bias(p_b, o_n, m_n, a_i, a_f, a_g, a_o, H: tl.constexpr):
     return a_i.to(tl.float32) + b_i, a_f.to(tl.float32) + b_f, a_g.to(tl.float32) + b_g, a_o.to(tl.float32) + b_o
 
 
-@triton.jit
-def add_products(
-    a_i, a_f, a_g, a_o, p_a, at, m_b, K, p_w, o_n, H: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """`cell_math.add_product` with the weights of four gates, for one pass over A."""
-    for k in range(0, counted(K), BK):
-        o_k = k + tl.arange(0, BK)
-        a = load_shared(p_a, at, o_k, m_b, K)
-        a_i = tl.dot(a, load_weight(p_w, o_k, o_n, K, H, 1, K), a_i, input_precision=PRECISION)
-        a_f = tl.dot(a, load_weight(p_w + H * K, o_k, o_n, K, H, 1, K), a_f, input_precision=PRECISION)
-        a_g = tl.dot(a, load_weight(p_w + 2 * H * K, o_k, o_n, K, H, 1, K), a_g, input_precision=PRECISION)
-        a_o = tl.dot(a, load_weight(p_w + 3 * H * K, o_k, o_n, K, H, 1, K), a_o, input_precision=PRECISION)
-    return a_i, a_f, a_g, a_o
-
-
 @triton.jit(**launch.SEQUENCE)
 def resident_forward_kernel(
     p_gx, p_h0, p_c0, p_w, p_lengths, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, T, B, H: tl.constexpr,
-    REVERSE: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
 
     Owns: all results of BB sequences. Keeps: W_hh, h and c on chip. Moves: gx in; y, gates and cells out. Syncs:
     none but those of the products. Limits: H <= BH, W_hh must fit into one multiprocessor; no projection.
     """
-    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
-    m_b = first_b + o_b < B
+    d, reverse, local_b, first_b = place_of(tl.program_id(0), B, BB, DIRECTION)
+    o_b, o_h, p_w = tl.arange(0, BB), tl.arange(0, BH), p_w + d * 4 * H * H
+    m_b = local_b + o_b < B
     m = m_b[:, None] & (o_h < H)[None, :]
     w_i, w_f = load_weight(p_w, o_h, o_h, H, H, 1, H), load_weight(p_w + H * H, o_h, o_h, H, H, 1, H)
     w_g, w_o = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, 1, H), load_weight(p_w + 3 * H * H, o_h, o_h, H, H, 1, H)
     h, c = load_float(tile_of(p_h0, first_b, o_b, o_h, H), m), load_float(tile_of(p_c0, first_b, o_b, o_h, H), m)
-    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
-    row, move = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B)
-    fresh = load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, REVERSE))
+    length = load_lengths(p_lengths, local_b, o_b, m_b, T)
+    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    fresh = load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, reverse))
     h, c = unless(fresh, h), unless(fresh, c)
     x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row, o_b, o_h, 4 * H), m, H)
     for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, REVERSE)
+        exists = has_step(p_lengths, length, m_b, s, T, reverse)
         a_i, a_f, a_g, a_o = x_i.to(tl.float32), x_f.to(tl.float32), x_g.to(tl.float32), x_o.to(tl.float32)
         # Of the next step, early.
-        fresh = load_fresh(p_reset, row + move, o_b, has_step(p_lengths, length, m_b, s + 1, T, REVERSE) & (T > s + 1))
+        fresh = load_fresh(p_reset, row + move, o_b, has_step(p_lengths, length, m_b, s + 1, T, reverse) & (T > s + 1))
         x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row + move, o_b, o_h, 4 * H), m & (T > s + 1), H)
         from_h = h.to(w_i.dtype)
         a_i = tl.dot(from_h, w_i, a_i, input_precision=PRECISION)
@@ -137,7 +122,7 @@ def resident_forward_kernel(
 @triton.jit(**launch.SEQUENCE)
 def tiled_forward_kernel(
     p_gx, p_h0, p_c0, p_w, p_wr, p_lengths, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, p_ring, p_c, p_m, p_turn,
-    T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr,
+    T, B, H: tl.constexpr, P: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch, by a group of PROGRAMS programs.
@@ -147,15 +132,17 @@ def tiled_forward_kernel(
     steps take turns, and with a projection m (B, H) through scratch. Syncs: the group once a step, twice with a
     projection. Limits: a group of more than one program needs a cooperative launch.
     """
-    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
-    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    length, MEETINGS = load_lengths(p_lengths, first_b, o_b, m_b, T), 1 if p_wr is None else 2
+    d, reverse, local_b, first_b = place_of(tl.program_id(1), B, BB, DIRECTION)
+    o_b, p_w = tl.arange(0, BB), p_w + d * 4 * H * P
+    m_b, n_first, turn = local_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length, MEETINGS = load_lengths(p_lengths, local_b, o_b, m_b, T), 1 if p_wr is None else 2
     copy_tiles(p_h0, p_ring, first_b, o_b, m_b, n_first, P, PROGRAMS, BN)
     copy_tiles(p_c0, p_c, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move, half = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B), B.to(tl.int64) * P
+    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    half = (2 if DIRECTION == "both" else 1) * B.to(tl.int64) * P
     for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, REVERSE)
+        exists = has_step(p_lengths, length, m_b, s, T, reverse)
         m_from = exists & ~load_fresh(p_reset, row, o_b, exists)
         p_old, p_new = p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for n in range(n_first, H, PROGRAMS * BN):
@@ -164,7 +151,7 @@ def tiled_forward_kernel(
             x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row, o_b, o_n, 4 * H), m, H)
             a_i, a_f, a_g, a_o = x_i.to(tl.float32), x_f.to(tl.float32), x_g.to(tl.float32), x_o.to(tl.float32)
             c = load_float(p_state, m)
-            a_i, a_f, a_g, a_o = add_products(
+            a_i, a_f, a_g, a_o = add_four_products(
                 a_i, a_f, a_g, a_o, p_old + first_b * P, o_b * P, m_from, P, p_w, o_n, H, BK, PRECISION
             )
             i, f, g, o, c_next, m_next = cell(a_i, a_f, a_g, a_o, tl.where(m_from[:, None], c, 0.0))
@@ -180,7 +167,7 @@ def tiled_forward_kernel(
                 o_n = n + tl.arange(0, BN)
                 h_next, m = tl.zeros((BB, BN), tl.float32), m_b[:, None] & (o_n < P)[None, :]
                 h_next = add_product(
-                    h_next, p_m + first_b * H, o_b * H, exists, H, p_wr, o_n, P, 1, H, BK, PRECISION
+                    h_next, p_m + first_b * H, o_b * H, exists, H, p_wr + d * P * H, o_n, P, 1, H, BK, PRECISION
                 )
                 finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, P)
             meet(turn, PROGRAMS * (2 * s + 3), PROGRAMS)
@@ -211,8 +198,10 @@ def step_kernel(
         x_i, x_f, x_g, x_o = load_gates(tile_of(p_x, 0, row_x, o_n, 4 * H), m, H)
         a_i, a_f, a_g, a_o = a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o
     else:
-        a_i, a_f, a_g, a_o = add_products(a_i, a_f, a_g, a_o, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION)
-    a_i, a_f, a_g, a_o = add_products(
+        a_i, a_f, a_g, a_o = add_four_products(
+            a_i, a_f, a_g, a_o, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION
+        )
+    a_i, a_f, a_g, a_o = add_four_products(
         a_i, a_f, a_g, a_o, p_h0 + first_b * H, o_b * H, m_from, H, p_w_hh, o_n, H, BK, PRECISION
     )
     c, there = load_float(tile_of(p_c0, first_b, o_b, o_n, H), m), exists[:, None]
@@ -227,29 +216,31 @@ def step_kernel(
 @triton.jit(**launch.SEQUENCE)
 def resident_backward_kernel(
     p_dy, p_dhn, p_dcn, p_c0, p_w, p_lengths, p_reset, p_gates, p_cells, p_dgx, p_dh0, p_dc0, T, B, H: tl.constexpr,
-    REVERSE: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
 
     Owns: dgx, dh0 and dc0 of BB sequences. Keeps: W_hh, dh, dc and c on chip. Moves: dy, gates and cells in, dgx
     out. Syncs: none but those of the products. Limits: as forward.
     """
-    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
-    m_b = first_b + o_b < B
+    d, reverse, local_b, first_b = place_of(tl.program_id(0), B, BB, DIRECTION)
+    o_b, o_h, p_w = tl.arange(0, BB), tl.arange(0, BH), p_w + d * 4 * H * H
+    m_b = local_b + o_b < B
     m = m_b[:, None] & (o_h < H)[None, :]
     w_i, w_f = load_weight(p_w, o_h, o_h, H, H, H, 1), load_weight(p_w + H * H, o_h, o_h, H, H, H, 1)
     w_g, w_o = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, H, 1), load_weight(p_w + 3 * H * H, o_h, o_h, H, H, H, 1)
     dh, dc = load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m), load_float(tile_of(p_dcn, first_b, o_b, o_h, H), m)
-    c0, length = load_float(tile_of(p_c0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, first_b, o_b, m_b, T)
-    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
+    c0, length = load_float(tile_of(p_c0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, local_b, o_b, m_b, T)
+    against = reverse == 0
+    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
     fresh_next = load_fresh(p_reset, row, o_b, m_b)
     i, f, g, o = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), m, H)
     dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), m, other=0.0)
     c = tl.load(tile_of(p_cells, row, o_b, o_h, H), m, other=0.0)
     before = tl.load(tile_of(p_cells, row + move, o_b, o_h, H), m & (T > 1), other=0.0)
     for s in range(T):
-        t, fresh = step_index(s, T, not REVERSE), fresh_next
-        exists, first = has_step(p_lengths, length, m_b, s, T, not REVERSE), is_first(t, length, REVERSE)
+        t, fresh = step_index(s, T, against), fresh_next
+        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
         c_prev = unless(fresh, tl.where(first[:, None], c0, before.to(tl.float32)))
         dh_t = tl.where(exists[:, None], dh + dy.to(tl.float32), 0.0)
         da_i, da_f, da_g, da_o, dc_prev = cell_gradient(
@@ -276,7 +267,7 @@ def resident_backward_kernel(
 @triton.jit(**launch.SEQUENCE)
 def tiled_backward_kernel(
     p_dy, p_dhn, p_dcn, p_c0, p_w, p_wr, p_lengths, p_reset, p_gates, p_cells, p_dgx, p_dhs, p_dh0, p_dc0, p_dh, p_dc,
-    p_turn, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr,
+    p_turn, T, B, H: tl.constexpr, P: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch, by a group of PROGRAMS programs.
@@ -285,16 +276,18 @@ def tiled_backward_kernel(
     scratch. Moves: dy, gates and cells in; dgx out and in; W_hh once; with a projection dhs, the gradient of every
     step's h, out and in. Syncs: the group once a step, twice with a projection. Limits: as forward.
     """
-    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
-    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    length, MEETINGS = load_lengths(p_lengths, first_b, o_b, m_b, T), 1 if p_wr is None else 2
+    d, reverse, local_b, first_b = place_of(tl.program_id(1), B, BB, DIRECTION)
+    o_b, p_w = tl.arange(0, BB), p_w + d * 4 * H * P
+    m_b, n_first, turn = local_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length, MEETINGS = load_lengths(p_lengths, local_b, o_b, m_b, T), 1 if p_wr is None else 2
     copy_tiles(p_dhn, p_dh, first_b, o_b, m_b, n_first, P, PROGRAMS, BN)
     copy_tiles(p_dcn, p_dc, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
-    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
+    against = reverse == 0
+    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
     for s in range(T):
-        t, fresh = step_index(s, T, not REVERSE), load_fresh(p_reset, row, o_b, m_b)
-        exists, first = has_step(p_lengths, length, m_b, s, T, not REVERSE), is_first(t, length, REVERSE)
+        t, fresh = step_index(s, T, against), load_fresh(p_reset, row, o_b, m_b)
+        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
         if p_wr is not None:
             for n in range(n_first, P, PROGRAMS * BN):
                 o_n = n + tl.arange(0, BN)
@@ -312,7 +305,9 @@ def tiled_backward_kernel(
                 dm += load_float(tile_of(p_dy, row, o_b, o_n, H), m)
             else:
                 dm = tl.zeros((BB, BN), tl.float32)
-                dm = add_product(dm, p_dhs + row * P, o_b * P, exists, P, p_wr, o_n, H, H, 1, BK, PRECISION)
+                dm = add_product(
+                    dm, p_dhs + row * P, o_b * P, exists, P, p_wr + d * P * H, o_n, H, H, 1, BK, PRECISION
+                )
             da_i, da_f, da_g, da_o, dc_prev = cell_gradient(
                 tl.where(exists[:, None], dm, 0.0), tl.where(exists[:, None], load_float(p_state, m), 0.0),
                 i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32),
@@ -334,28 +329,28 @@ def lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.lstm_forward`."""
     time, batch, inputs, hidden = launch.check_shapes("lstm", locals())
-    width, (hn, cn) = h0.shape[1], launch.like(h0, c0)
-    y, none = x.new_empty(time, batch, width), x.new_empty(0)
-    gates = x.new_empty(time, batch, 4 * hidden) if save else None
-    cells = x.new_empty(time, batch, hidden) if save else None
+    (*ways, _, width), (hn, cn) = h0.shape, launch.like(h0, c0)
+    y, none = x.new_empty(*ways, time, batch, width), x.new_empty(*ways, 0)
+    gates = x.new_empty(*ways, time, batch, 4 * hidden) if save else None
+    cells = x.new_empty(*ways, time, batch, hidden) if save else None
     h0, c0, w_hh, w_hr, lengths, fresh = launch.contiguous(h0, c0, w_hh, w_hr, lengths, launch.flag(reset))
     results, sizes = (y, hn, cn, gates, cells), dict(H=hidden, PRECISION=launch.precision(x))
     if time == 0:
         hn.copy_(h0), cn.copy_(c0)
-    elif time == 1 and w_hr is None:
+    elif time == 1 and w_hr is None and not ways:
         x, w_ih, *biases = launch.contiguous(x, w_ih, b_ih, b_hh)
         plan = tuning.step("lstm", hidden, batch, x.dtype)
         args = (x, None, h0, c0, w_ih, w_hh, *biases, lengths, fresh, *results, batch, inputs)
         launch.run(step_kernel, plan, *args, **sizes)
     else:
-        gx, sizes["REVERSE"] = linear(x, w_ih, launch.added(b_ih, b_hh)).contiguous(), reverse
-        plan = tuning.sequence("lstm", "forward", hidden, batch, x.dtype, launch.processors(x), w_hr is not None)
+        gx, sizes["DIRECTION"] = launch.input_part(x, w_ih, launch.added(b_ih, b_hh)), launch.direction_of(h0, reverse)
+        plan = launch.sequence_plan("lstm", "forward", x, h0, hidden, w_hr is not None)
         if plan.resident:
             args = (gx, h0, c0, w_hh, lengths, fresh, *results, time, batch)
             launch.run(resident_forward_kernel, plan, *args, **sizes)
         else:
-            ring, m = x.new_empty(2, batch, width), x.new_empty(0 if w_hr is None else batch, hidden)
-            scratch = (ring, launch.floats(x, batch, hidden), m, plan.turns(x))
+            ring, m = x.new_empty(2, *h0.shape), x.new_empty(0 if w_hr is None else c0.numel())
+            scratch = (ring, launch.floats(x, *c0.shape), m, plan.turns(x))
             args = (gx, h0, c0, w_hh, w_hr, lengths, fresh, *results, *scratch, time, batch)
             launch.run(tiled_forward_kernel, plan, *args, P=width, **sizes)
     return y, hn, cn, none if gates is None else gates, none.clone() if cells is None else cells
@@ -368,25 +363,30 @@ def lstm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.lstm_backward`."""
     time, batch, _, hidden = launch.check_shapes("lstm", locals())
-    width, (dgx, dh0, dc0) = h0.shape[1], launch.like(gates, h0, c0)
-    dhs = None if w_hr is None else x.new_empty(time, batch, width)
+    (*ways, _, width), (dgx, dh0, dc0) = h0.shape, launch.like(gates, h0, c0)
+    dhs = None if w_hr is None else x.new_empty(*ways, time, batch, width)
     dy, dhn, dcn, c0, gates, cells = launch.contiguous(dy, dhn, dcn, c0, gates, cells)
     w, w_r, length, fresh = launch.contiguous(w_hh, w_hr, lengths, launch.flag(reset))
-    plan = tuning.sequence("lstm", "backward", hidden, batch, x.dtype, launch.processors(x), w_hr is not None)
-    sizes = dict(H=hidden, REVERSE=reverse, PRECISION=launch.precision(x))
+    plan = launch.sequence_plan("lstm", "backward", x, h0, hidden, w_hr is not None)
+    sizes = dict(H=hidden, DIRECTION=launch.direction_of(h0, reverse), PRECISION=launch.precision(x))
     if time == 0:
         dh0.copy_(dhn), dc0.copy_(dcn)
     elif plan.resident:
         args = (dy, dhn, dcn, c0, w, length, fresh, gates, cells, dgx, dh0, dc0, time, batch)
         launch.run(resident_backward_kernel, plan, *args, **sizes)
     else:
-        scratch = (launch.floats(x, batch, width), launch.floats(x, batch, hidden), plan.turns(x))
+        scratch = (launch.floats(x, *h0.shape), launch.floats(x, *c0.shape), plan.turns(x))
         args = (dy, dhn, dcn, c0, w, w_r, length, fresh, gates, cells, dgx, dhs, dh0, dc0, *scratch, time, batch)
         launch.run(tiled_backward_kernel, plan, *args, P=width, **sizes)
     dw_hh = launch.weight_gradient(dgx, launch.previous(y, h0, lengths, reset, reverse))
-    db = x.new_empty(0) if b_ih is None and b_hh is None else dgx.sum((0, 1))
-    dw_hr = x.new_empty(0) if w_hr is None else launch.weight_gradient(dhs, gates[..., 3 * hidden :] * cells.tanh())
-    return dgx @ w_ih, dh0, dc0, launch.weight_gradient(dgx, x, lengths), dw_hh, db, dw_hr
+    none = x.new_empty(*ways, 0)
+    db = none if b_ih is None and b_hh is None else dgx.sum((-3, -2))
+    dw_hr = none if w_hr is None else launch.weight_gradient(dhs, gates[..., 3 * hidden :] * cells.tanh())
+    dx, dw_ih = launch.input_gradient(x, (dgx, w_ih)), launch.weight_gradient(dgx, x, lengths)
+    return dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr
+
+
+lstm_both_forward, lstm_both_backward = launch.both(lstm_forward), launch.both(lstm_backward)
 
 
 def variants() -> list[launch.Variant]:

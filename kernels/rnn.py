@@ -6,11 +6,9 @@ matrices before the loop, the gradients of weights and input from products after
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear
 
 from . import launch, tuning
 from .cell_math import (
@@ -27,11 +25,12 @@ from .cell_math import (
     load_lengths,
     load_weight,
     meet,
+    place_of,
     store_as,
     tanh,
     tile_of,
     unless,
-)
+)  # fmt: skip
 
 
 @triton.jit
@@ -55,24 +54,25 @@ def slope(h, RELU: tl.constexpr):
 @triton.jit(**launch.SEQUENCE)
 def resident_forward_kernel(
     p_gx, p_h0, p_w, p_lengths, p_reset, p_y, p_hn, T, B, H: tl.constexpr, RELU: tl.constexpr,
-    REVERSE: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
 
     Owns: all results of BB sequences. Keeps: W_hh and h on chip. Moves: gx in and y out. Syncs: none but those of
     the product. Limits: H <= BH, and W_hh must fit into one multiprocessor.
     """
-    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
-    m_b = first_b + o_b < B
-    m, length = m_b[:, None] & (o_h < H)[None, :], load_lengths(p_lengths, first_b, o_b, m_b, T)
+    d, reverse, local_b, first_b = place_of(tl.program_id(0), B, BB, DIRECTION)
+    o_b, o_h, p_w = tl.arange(0, BB), tl.arange(0, BH), p_w + d * H * H
+    m_b = local_b + o_b < B
+    m, length = m_b[:, None] & (o_h < H)[None, :], load_lengths(p_lengths, local_b, o_b, m_b, T)
     w, h = load_weight(p_w, o_h, o_h, H, H, 1, H), load_float(tile_of(p_h0, first_b, o_b, o_h, H), m)
-    row, move = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B)
-    h = unless(load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, REVERSE)), h)
+    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    h = unless(load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, reverse)), h)
     x = tl.load(tile_of(p_gx, row, o_b, o_h, H), m, other=0.0)
     for s in range(T):
-        exists, a, row_next = has_step(p_lengths, length, m_b, s, T, REVERSE), x.to(tl.float32), row + move
+        exists, a, row_next = has_step(p_lengths, length, m_b, s, T, reverse), x.to(tl.float32), row + move
         # Of the next step, early.
-        fresh = load_fresh(p_reset, row_next, o_b, has_step(p_lengths, length, m_b, s + 1, T, REVERSE) & (T > s + 1))
+        fresh = load_fresh(p_reset, row_next, o_b, has_step(p_lengths, length, m_b, s + 1, T, reverse) & (T > s + 1))
         x = tl.load(tile_of(p_gx, row_next, o_b, o_h, H), m & (T > s + 1), other=0.0)
         a = tl.dot(h.to(w.dtype), w, a, input_precision=PRECISION)
         h_next = activate(a, RELU)
@@ -85,7 +85,7 @@ def resident_forward_kernel(
 @triton.jit(**launch.SEQUENCE)
 def tiled_forward_kernel(
     p_gx, p_h0, p_w, p_lengths, p_reset, p_y, p_hn, p_ring, p_turn, T, B, H: tl.constexpr, RELU: tl.constexpr,
-    REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch, by a group of PROGRAMS programs.
@@ -94,14 +94,16 @@ def tiled_forward_kernel(
     Moves: gx in, y out, W_hh once, h through `ring` (2, B, H), where steps take turns. Syncs: the group once a step.
     Limits: a group of more than one program needs a cooperative launch.
     """
-    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
-    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
+    d, reverse, local_b, first_b = place_of(tl.program_id(1), B, BB, DIRECTION)
+    o_b, p_w = tl.arange(0, BB), p_w + d * H * H
+    m_b, n_first, turn = local_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     copy_tiles(p_h0, p_ring, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move, half = first_row(first_b, T, B, REVERSE), (-B if REVERSE else B), B.to(tl.int64) * H
+    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    half = (2 if DIRECTION == "both" else 1) * B.to(tl.int64) * H
     for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, REVERSE)
+        exists = has_step(p_lengths, length, m_b, s, T, reverse)
         m_from = exists & ~load_fresh(p_reset, row, o_b, exists)
         p_old, p_new = p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for n in range(n_first, H, PROGRAMS * BN):
@@ -145,24 +147,26 @@ def step_kernel(
 @triton.jit(**launch.SEQUENCE)
 def resident_backward_kernel(
     p_dy, p_dhn, p_w, p_lengths, p_reset, p_y, p_dgx, p_dh0, T, B, H: tl.constexpr, RELU: tl.constexpr,
-    REVERSE: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
 
     Owns: dgx and dh0 of BB sequences. Keeps: W_hh and dh on chip. Moves: dy and y in, dgx out. Syncs: none but
     those of the product. Limits: as forward.
     """
-    first_b, o_b, o_h = tl.program_id(0).to(tl.int64) * BB, tl.arange(0, BB), tl.arange(0, BH)
-    m_b = first_b + o_b < B
+    d, reverse, local_b, first_b = place_of(tl.program_id(0), B, BB, DIRECTION)
+    o_b, o_h, p_w = tl.arange(0, BB), tl.arange(0, BH), p_w + d * H * H
+    m_b = local_b + o_b < B
     m = m_b[:, None] & (o_h < H)[None, :]
     w, dh = load_weight(p_w, o_h, o_h, H, H, H, 1), load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m)
-    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
-    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
+    length = load_lengths(p_lengths, local_b, o_b, m_b, T)
+    against = reverse == 0
+    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
     fresh_next = load_fresh(p_reset, row, o_b, m_b)
     dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), m, other=0.0)
     y = tl.load(tile_of(p_y, row, o_b, o_h, H), m, other=0.0)
     for s in range(T):
-        exists, fresh, row_next = has_step(p_lengths, length, m_b, s, T, not REVERSE), fresh_next, row + move
+        exists, fresh, row_next = has_step(p_lengths, length, m_b, s, T, against), fresh_next, row + move
         da = tl.where(exists[:, None], (dh + dy.to(tl.float32)) * slope(y.to(tl.float32), RELU), 0.0)
         m_next = m & (T > s + 1)
         fresh_next = load_fresh(p_reset, row_next, o_b, m_b & (T > s + 1))  # of the next step, early
@@ -178,7 +182,7 @@ def resident_backward_kernel(
 @triton.jit(**launch.SEQUENCE)
 def tiled_backward_kernel(
     p_dy, p_dhn, p_w, p_lengths, p_reset, p_y, p_dgx, p_dh0, p_dh, p_turn, T, B, H: tl.constexpr, RELU: tl.constexpr,
-    REVERSE: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch, by a group of PROGRAMS programs.
@@ -186,14 +190,16 @@ def tiled_backward_kernel(
     Owns: every PROGRAMS-th tile of BN units of BB sequences. Keeps: nothing; dh (B, H) lies in float32 scratch. Moves:
     dy and y in, dgx out and in, W_hh once. Syncs: the group once a step. Limits: as forward.
     """
-    first_b, o_b = tl.program_id(1).to(tl.int64) * BB, tl.arange(0, BB)
-    m_b, n_first, turn = first_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
-    length = load_lengths(p_lengths, first_b, o_b, m_b, T)
+    d, reverse, local_b, first_b = place_of(tl.program_id(1), B, BB, DIRECTION)
+    o_b, p_w = tl.arange(0, BB), p_w + d * H * H
+    m_b, n_first, turn = local_b + o_b < B, tl.program_id(0) * BN, p_turn + tl.program_id(1)
+    length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     copy_tiles(p_dhn, p_dh, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
-    row, move = first_row(first_b, T, B, not REVERSE), (B if REVERSE else -B)
+    against = reverse == 0
+    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
     for s in range(T):
-        exists, fresh = has_step(p_lengths, length, m_b, s, T, not REVERSE), load_fresh(p_reset, row, o_b, m_b)
+        exists, fresh = has_step(p_lengths, length, m_b, s, T, against), load_fresh(p_reset, row, o_b, m_b)
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
             m = m_b[:, None] & (o_n < H)[None, :]
@@ -214,23 +220,24 @@ def rnn_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.rnn_forward`."""
     time, batch, inputs, hidden = launch.check_shapes("rnn", locals())
-    y, hn = x.new_empty(time, batch, hidden), torch.empty_like(h0, memory_format=torch.contiguous_format)
+    ways, (hn,) = h0.shape[:-2], launch.like(h0)
+    y = x.new_empty(*ways, time, batch, hidden)
     if time == 0:
         return y, hn.copy_(h0)
     h0, w_hh, lengths, reset = launch.contiguous(h0, w_hh, lengths, launch.flag(reset))
     sizes = dict(H=hidden, RELU=nonlinearity == "relu", PRECISION=launch.precision(x))
-    if time == 1:
+    if time == 1 and not ways:
         x, w_ih, *biases = launch.contiguous(x, w_ih, b_ih, b_hh)
         plan = tuning.step("rnn", hidden, batch, x.dtype)
         launch.run(step_kernel, plan, x, None, h0, w_ih, w_hh, *biases, lengths, reset, y, hn, batch, inputs, **sizes)
         return y, hn
-    gx, sizes["REVERSE"] = linear(x, w_ih, launch.added(b_ih, b_hh)).contiguous(), reverse
-    plan = tuning.sequence("rnn", "forward", hidden, batch, x.dtype, launch.processors(x))
+    gx, sizes["DIRECTION"] = launch.input_part(x, w_ih, launch.added(b_ih, b_hh)), launch.direction_of(h0, reverse)
+    plan = launch.sequence_plan("rnn", "forward", x, h0, hidden)
     args = (gx, h0, w_hh, lengths, reset, y, hn)
     if plan.resident:
         launch.run(resident_forward_kernel, plan, *args, time, batch, **sizes)
     else:
-        ring = x.new_empty(2, batch, hidden)
+        ring = x.new_empty(2, *h0.shape)
         launch.run(tiled_forward_kernel, plan, *args, ring, plan.turns(x), time, batch, **sizes)
     return y, hn
 
@@ -241,21 +248,26 @@ def rnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.rnn_backward`."""
     time, batch, _, hidden = launch.check_shapes("rnn", locals())
-    dgx, dh0 = torch.empty_like(y, memory_format=torch.contiguous_format), torch.empty_like(h0)
+    ways, (dgx, dh0) = h0.shape[:-2], launch.like(y, h0)
     dy, dhn, w, length, fresh, y = launch.contiguous(dy, dhn, w_hh, lengths, launch.flag(reset), y)
-    sizes = dict(H=hidden, RELU=nonlinearity == "relu", REVERSE=reverse, PRECISION=launch.precision(x))
-    plan = tuning.sequence("rnn", "backward", hidden, batch, x.dtype, launch.processors(x))
+    sizes = dict(H=hidden, RELU=nonlinearity == "relu", PRECISION=launch.precision(x))
+    sizes["DIRECTION"] = launch.direction_of(h0, reverse)
+    plan = launch.sequence_plan("rnn", "backward", x, h0, hidden)
     args = (dy, dhn, w, length, fresh, y, dgx, dh0)
     if time == 0:
         dh0.copy_(dhn)
     elif plan.resident:
         launch.run(resident_backward_kernel, plan, *args, time, batch, **sizes)
     else:
-        scratch = torch.empty(batch, hidden, device=x.device, dtype=torch.float32)
+        scratch = launch.floats(x, *h0.shape)
         launch.run(tiled_backward_kernel, plan, *args, scratch, plan.turns(x), time, batch, **sizes)
-    db = x.new_empty(0) if b_ih is None and b_hh is None else dgx.sum((0, 1))
+    db = x.new_empty(*ways, 0) if b_ih is None and b_hh is None else dgx.sum((-3, -2))
     dw_hh = launch.weight_gradient(dgx, launch.previous(y, h0, lengths, reset, reverse))
-    return dgx @ w_ih, dh0, launch.weight_gradient(dgx, x, lengths), dw_hh, db
+    dx, dw_ih = launch.input_gradient(x, (dgx, w_ih)), launch.weight_gradient(dgx, x, lengths)
+    return dx, dh0, dw_ih, dw_hh, db
+
+
+rnn_both_forward, rnn_both_backward = launch.both(rnn_forward), launch.both(rnn_backward)
 
 
 def variants() -> list[launch.Variant]:

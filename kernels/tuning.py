@@ -59,18 +59,22 @@ def widest(cell: str, dtype: torch.dtype) -> int:
 
 
 def sequence(
-    cell: str, way: str, hidden: int, batch: int, dtype: torch.dtype, sms: int, projection: bool = False
-) -> Plan:
-    """The plan of a whole sequence, `way` "forward" or "backward", on a device of `sms` multiprocessors."""
+    cell: str, way: str, hidden: int, batch: int, dtype: torch.dtype, sms: int, projection: bool = False,
+    directions: int = 1,
+) -> Plan:  # fmt: skip
+    """The plan of a whole sequence, `way` "forward" or "backward", on a device of `sms` multiprocessors.
+
+    Two directions share no slice of the batch and no group, so a slice is cut as for one.
+    """
     size = resident_bytes(cell, hidden, dtype)
     if size <= RESIDENT_BYTES and not projection:
         warps = 4 if size <= RESIDENT_BYTES // 4 else 8
         # With more the assembler for compute capability 9.0 reads ahead in float32 until it spills.
         registers = 208 if (cell, way) == ("gru", "backward") else 255
-        return Plan(True, (cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1, maxnreg=registers)
-    rows = _rows(batch, sms)
+        return Plan(True, (directions * cdiv(batch, 16),), dict(BB=16, BH=padded(hidden)), warps, 1, maxnreg=registers)
+    rows = _rows(directions * batch, sms)
     units, (depth, stages) = (32 if cell == "rnn" else 16), _pipeline(cell if way == "forward" else "", dtype)
-    groups, tiles = cdiv(batch, rows), cdiv(hidden, units)
+    groups, tiles = directions * cdiv(batch, rows), cdiv(hidden, units)
     room = max(1, sms // max(groups, 1))
     programs = min(tiles, 1 << (room.bit_length() - 1))  # powers of two, so that few batch sizes compile anew
     programs = cdiv(tiles, cdiv(tiles, programs))  # no more than needed for as few tiles each

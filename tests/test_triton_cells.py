@@ -43,10 +43,10 @@ def form(request, monkeypatch):
 def take_form(name, monkeypatch):
     plan = tuning.sequence
 
-    def sequence(cell, way, hidden, batch, dtype, sms, projection=False):
+    def sequence(cell, way, hidden, batch, dtype, sms, projection=False, directions=1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tuning, "RESIDENT_BYTES", tuning.RESIDENT_BYTES if name == "resident" else 0)
-            found = plan(cell, way, hidden, batch, dtype, 1 if name == "tiled" else 8, projection)
+            found = plan(cell, way, hidden, batch, dtype, 1 if name == "tiled" else 8, projection, directions)
         assert found.resident == (name == "resident" and not projection)
         assert name != "tiled" or found.programs == 1
         return found
@@ -200,7 +200,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors(device, form, kind):
 
 @triton.jit
 def places_of_a_tile(p_places, program, T, B):
-    row = cell_math.first_row(tl.full((), program, tl.int64) * 16, T, B, True)
+    row = cell_math.first_row(0, tl.full((), program, tl.int64) * 16, T, B, True)
     o_b, o_n = tl.arange(0, 16), tl.arange(0, 4)
     places = cell_math.tile_of(tl.full((), 0, tl.int64), row - B, o_b, o_n, 4096)
     tl.store(p_places + o_b[:, None] * 4 + o_n[None, :], places)

@@ -44,6 +44,16 @@ def forward_case(
     return cell, a
 
 
+def both_case(kind, device, dtype=torch.float32, **sizes):
+    """As `forward_case`, for the op of both directions: two layers' weights and states, one input."""
+    cell, a = forward_case(kind, device, dtype, **sizes)
+    other = forward_case(kind, device, dtype, **sizes)[1]
+    one = ("x", "lengths", "reset")
+    a = {n: torch.stack((v, other[n])) if torch.is_tensor(v) and n not in one else v for n, v in a.items()}
+    del a["reverse"]
+    return f"{cell}_both", a
+
+
 def ours(op):
     return getattr(importlib.import_module(f"fastrnn.kernels.{op.partition('_')[0]}"), op)
 
@@ -61,7 +71,7 @@ def with_gradients(cell, a, function=ours):
     """The arguments of the backward op by name: what forward returned, and gradients of its results."""
     named = a | call(f"{cell}_forward", a, function)
     named |= {"dy": torch.randn_like(named["y"]), "dhn": torch.randn_like(named["hn"])}
-    return named | ({"dcn": torch.randn_like(named["cn"])} if cell == "lstm" else {})
+    return named | ({"dcn": torch.randn_like(named["cn"])} if "cn" in named else {})
 
 
 def hold_to_definition(cell, a, way, function=ours):
