@@ -105,7 +105,8 @@ def refuse_triton(call: Call) -> str | None:
 
 
 def load_triton(op: str) -> Callable:
-    return getattr(importlib.import_module(f"fastrnn.kernels.{op.partition('_')[0]}"), op)
+    module = "gates" if op.endswith("_gates") else op.partition("_")[0]
+    return getattr(importlib.import_module(f"fastrnn.kernels.{module}"), op)
 
 
 def refuse_cuda(call: Call) -> str | None:

@@ -203,7 +203,7 @@ def previous(y: Tensor, first: Tensor, lengths: Tensor | None, reset: Tensor | N
     return before if reset is None else before.masked_fill(reset.unsqueeze(-1), 0)
 
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _INTEGERS = {"p_lengths": "*i64", "p_reset": "*u8", "p_turn": "*i32", "T": "i32", "B": "i32", "I": "i32"}
 _SCRATCH = ("p_dh", "p_c", "p_dc", "p_h")  # float32 whatever the dtype
 
@@ -218,12 +218,12 @@ def variants_of(cell: str, names: dict[str, Any], **constants) -> list[Variant]:
 
     def add(form: str, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, **others) -> None:
         size = f"{hidden}to{others['P']}" if "P" in others else str(hidden)
-        title = f"{cell}/{form}/{_TYPES[dtype]}/{size}{'/masked' * given}"
+        title = f"{cell}/{form}/{TYPES[dtype]}/{size}{'/masked' * given}"
         title += "" if others.get("DIRECTION", "forward") == "forward" else f"/{others['DIRECTION']}"
         kernel = names[f"{form}_kernel"]
         found.append(variant(title, kernel, plan, dtype, hidden, given, constants | others))
 
-    for dtype in _TYPES:
+    for dtype in TYPES:
         wide = tuning.widest(cell, dtype)
         cases = [(wide, 64, False, "forward"), (512, 16, False, "forward")]
         if dtype != torch.float16:  # compiled as bfloat16 is
@@ -247,7 +247,7 @@ def variant(
     name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, constants: dict[str, object]
 ) -> Variant:
     """A kernel for a width; lengths and a reset mask are there if ``given``, a projection where P is not H."""
-    short, aligned, absent = _TYPES[dtype], [], () if given else ("p_lengths", "p_reset")
+    short, aligned, absent = TYPES[dtype], [], () if given else ("p_lengths", "p_reset")
     known = plan.blocks | dict(H=hidden, P=hidden, DIRECTION="forward", p_ids=None) | constants
     known["PRECISION"] = "tf32x3" if dtype == torch.float32 else "ieee"
     anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}

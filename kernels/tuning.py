@@ -115,6 +115,11 @@ def _pipeline(products: str, dtype: torch.dtype) -> tuple[int, int]:
     return (16, 5) if products == "lstm" else (32, 3)
 
 
+def gates(cell: str, hidden: int, batch: int, time: int) -> Plan:
+    """The plan of finding gates again, of 16 steps of a sequence at once; of the LSTM one program has all its steps."""
+    return Plan(False, (batch * (cdiv(time, 16) if cell == "gru" else 1), cdiv(hidden, 64)), dict(BT=16, BN=64), 4, 1)
+
+
 def step(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> Plan:
     """The plan of a single step: sums over the inputs and the state in blocks, one program a tile of units and rows."""
     rows = 16 if batch <= 16 else 32 if batch <= 32 else 64

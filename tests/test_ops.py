@@ -177,15 +177,25 @@ def test_empty_and_smallest_sizes(kind, backend, time, batch):
         assert_all_close(getattr(torch.ops.fastrnn, f"{cell}_forward")(*args), expected)
 
 
-@pytest.mark.parametrize("kind", CELLS)
-def test_forward_without_save_has_no_backward(kind):
+@pytest.mark.parametrize("kind", ["lstm", "lstm-proj", "gru"])
+def test_opcheck_gates(kind):
     cell, a = arguments(kind)
-    if cell == "rnn":
-        pytest.skip("rnn_forward keeps nothing beyond its output on any machine")
-    y = getattr(torch.ops.fastrnn, f"{cell}_forward")(*((a | {"save": False})[n] for n in ARGUMENTS[f"{cell}_forward"]))
-    assert all(t.shape == (0,) for t in y[3 if cell == "lstm" else 2 :])
-    with pytest.raises(RuntimeError, match="save=True"):
-        y[0].sum().backward()
+    a["y"] = getattr(reference, f"{cell}_forward")(*(a[n] for n in ARGUMENTS[f"{cell}_forward"]))[0].detach()
+    opcheck(getattr(torch.ops.fastrnn, f"{cell}_gates").default, [a[n] for n in ARGUMENTS[f"{cell}_gates"]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", "lstm-proj", "gru"])
+def test_gates_are_those_that_forward_saves(kind, reverse, backend):
+    cell, a = arguments(kind, masked=backend != "aten", reverse=reverse)
+    a = {n: v.detach() if torch.is_tensor(v) else v for n, v in a.items()}
+    forward, gates = getattr(reference, f"{cell}_forward"), getattr(torch.ops.fastrnn, f"{cell}_gates")
+    a |= dict(zip(RESULTS[f"{cell}_forward"], forward(*(a[n] for n in ARGUMENTS[f"{cell}_forward"]))))
+    with fastrnn.backend(backend):
+        found = gates(*(a[n] for n in ARGUMENTS[f"{cell}_gates"]))
+    for name, value in zip(RESULTS[f"{cell}_gates"], found if isinstance(found, tuple) else (found,), strict=True):
+        assert_close(value, a[name])
 
 
 def test_one_bias_alone_is_refused():
