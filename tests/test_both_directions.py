@@ -36,8 +36,7 @@ def backward_arguments(cell, a):
     return [v.detach() if torch.is_tensor(v) else v for v in in_order(f"{cell}_both_backward", named)]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize(("kind", "masked"), [("lstm-proj", True), ("gru", False), ("rnn-tanh", True)])
 def test_opcheck(kind, masked):
     cell, a = both_arguments(kind, masked=masked, bias=masked)
     forward, backward = (getattr(torch.ops.fastrnn, f"{cell}_both_{way}").default for way in ("forward", "backward"))
