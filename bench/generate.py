@@ -78,11 +78,10 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 class Setting(NamedTuple):
-    """Where is measured and how: ``top`` the roofs of a CPU, ``pace`` the keywords of `slopes`."""
+    """Where is measured and how: ``pace`` are the keywords of `slopes`."""
 
     device: str
     pace: dict[str, Any]
-    top: roofs.Roofs | None = None
     faults: list[str] | None = None  # of ours, which make the run on a GPU fail
 
     def clock(self) -> tuple[Callable[[], float], str]:
@@ -243,20 +242,25 @@ def work(config: NetworkConfig) -> tuple[int, int]:
     return 2 * weights, weights
 
 
+def least_step(model: str, dtype: str, batch: int, top: roofs.Roofs) -> float:
+    """The microseconds that a step takes at least under these roofs."""
+    operations, weights = work(MODELS[model])
+    return top.seconds(dtype, operations * batch, weights * WEIGHT_BYTES[dtype]) * 1e6
+
+
 def report(
-    model: str, name: str, dtype: str, batch: int, cost: Slope, base: float, setting: Setting
+    model: str, name: str, dtype: str, batch: int, cost: Slope, base: float, device: str, top: roofs.Roofs | None
 ) -> str:  # fmt: skip
-    """One printed line; ``base`` is the baseline's microseconds a step."""
+    """One printed line; ``base`` is the baseline's microseconds a step, ``top`` the roofs of a CPU."""
     step, spread = cost.step, f"({batch / cost.step.p80 * 1e6:,.0f} to {batch / cost.step.p20 * 1e6:,.0f})"
     line = f"  {name:<30} {batch / step.median * 1e6:>12,.0f} tokens/s {spread:<26} {base / step.median:8.2f}x"
-    if bound := peers_cuda.BOUNDS.get(model, {}).get(batch) if setting.device == "cuda" else None:
+    if bound := peers_cuda.BOUNDS.get(model, {}).get(batch) if device == "cuda" else None:
         line += f"  {100 * batch / step.median * 1e6 / bound:.2g} % of the estimated bound"
-    if is_ours(name) and setting.top is not None:
+    if is_ours(name) and top is not None:
         operations, weights = work(MODELS[model])
-        size, seconds = weights * WEIGHT_BYTES[dtype], step.median / 1e6
-        least = setting.top.seconds(dtype, operations * batch, size)
-        line += f"  {operations * batch / seconds / 1e9:.1f} GFLOP/s, weights {size / seconds / 1e9:.1f} GB/s, "
-        line += f"{100 * least / seconds:.0f} % of the roof"
+        line += f"  {operations * batch / step.median / 1e3:.1f} GFLOP/s, "
+        line += f"weights {weights * WEIGHT_BYTES[dtype] / step.median / 1e3:.1f} GB/s, "
+        line += f"{100 * least_step(model, dtype, batch, top) / step.median:.0f} % of the roof"
     return line + (f"; set-up {cost.setup.median:,.0f} us" if is_ours(name) else "")
 
 
@@ -279,13 +283,18 @@ def measure(model: str, batch: int, names: list[str], setting: Setting) -> list[
     entrants = rivals(network, batch, names, Judge(network, batch), faults)
     if setting.faults is not None:
         setting.faults.extend(f"{model} B={batch}: {fault}" for fault in faults)
-    costs = possible(slopes({name: rival.run for name, rival in entrants.items()}, clock, **setting.pace))
+    loops = {name: rival.run for name, rival in entrants.items()}
+    tasks = {} if device == "cuda" else {f"roof {name}": task.loop for name, task in roofs.tasks().items()}
+    costs, top = possible(slopes(loops | tasks, clock, **setting.pace)), None
+    if tasks and costs.keys() >= tasks.keys():
+        top = roofs.of_seconds({name.removeprefix("roof "): costs.pop(name).step.median / 1e6 for name in tasks})
+        print(f"  {top}", flush=True)
     base = min((costs[name].step.median for name in peers.BASELINES if name in costs), default=float("nan"))
     sizes = dict(B=batch, I=config.input_size, H=config.hidden_size, L=config.num_layers, V=config.vocab_size)
     rows = []
     for name, cost in costs.items():
         dtype = entrants[name].dtype
-        line = report(model, name, dtype, batch, cost, base, setting)
+        line = report(model, name, dtype, batch, cost, base, device, top)
         if device == "cuda":
             same = [c.step.median for n, c in costs.items() if not is_ours(n) and entrants[n].dtype == dtype]
             if is_ours(name) and same:  # precision is no merit of a loop
@@ -296,6 +305,9 @@ def measure(model: str, batch: int, names: list[str], setting: Setting) -> list[
         rows.append(row(f"generate {model}", name, speed, unit, device, dtype=dtype, **sizes))
         if is_ours(name):
             rows.append(row(f"generate set-up {model}", name, cost.setup, "us", device, dtype=dtype, **sizes))
+        if is_ours(name) and top is not None:
+            bound = batch / least_step(model, dtype, batch, top) * 1e6
+            rows.append(row(f"generate roof {model}", name, Timing(bound, bound, bound), unit, dtype=dtype, **sizes))
     print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
     return rows
 
@@ -337,9 +349,7 @@ def main() -> int:
         setting, rows = Setting("cuda", CUDA_PACE, faults=[]), []
     else:
         pace = {"rounds": 3, "seconds": 0.01} if options.quick else {}
-        setting = Setting("cpu", pace, roofs.measure(3 if options.quick else 15))
-        print(setting.top, flush=True)
-        rows = setting.top.rows()
+        setting, rows = Setting("cpu", pace), []
     start = time.perf_counter()
     for number, (model, batch) in enumerate(pairs):
         if time.perf_counter() - start > options.seconds:

@@ -1,7 +1,9 @@
 """What this machine can do at most, measured: products in three types, and reading from L2 and L3.
 
 The product roofs are those of the library PyTorch calls, so a hand-written kernel may pass them; the bandwidths are
-those of a sum over a buffer that fits the cache. Both obey ``torch.set_num_threads``.
+those of its product of a vector with a float32 matrix that fits the cache. Both obey ``torch.set_num_threads``. What a processor shared with
+others can do changes within seconds, and not for all roofs alike (those of bfloat16 and int8 by a factor of three), so
+that a benchmark measures them between the rounds of what it holds against them.
 
     python -m bench.roofs [--threads 1]
 """
@@ -16,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from bench.timing import Timing, row
+from bench.timing import slopes
 
-SIDE = 1024  # of the square matrices of the product roofs
+SIDE = 768  # of the square matrices of the product roofs
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -37,50 +39,53 @@ class Roofs(NamedTuple):
         read = self.l2 if weight_bytes <= self.l2_bytes else self.l3
         return max(operations / getattr(self, dtype), weight_bytes / read) / 1e9
 
-    def rows(self) -> list[dict]:
-        """CSV rows."""
-        units = {"float32": "GFLOP/s", "bfloat16": "GFLOP/s", "int8": "GOP/s", "l2": "GB/s", "l3": "GB/s"}
-        return [
-            row("roof", name, Timing(*[getattr(self, name)] * 3), unit, dtype=name if name in units else "")
-            for name, unit in units.items()
-        ]
-
     def __str__(self) -> str:
         return (
             f"roofs: float32 gemm {self.float32:.0f} GFLOP/s, bfloat16 gemm {self.bfloat16:.0f} GFLOP/s, "
-            f"int8 gemm {self.int8:.0f} GOP/s, read {self.l2:.0f} GB/s from 1 MB, {self.l3:.0f} GB/s from 32 MB"
+            f"int8 gemm {self.int8:.0f} GOP/s, read {self.l2:.0f} GB/s from 1 MB, {self.l3:.0f} GB/s from 34 MB"
         )
 
 
-def best(function: Callable[[], object], clock: Callable[[], float], rounds: int = 15) -> float:
-    """Seconds of the fastest call."""
-    function()
-    found = float("inf")
-    for _ in range(rounds):
-        start = clock()
-        function()
-        found = min(found, clock() - start)
-    return found
+class Task(NamedTuple):
+    """What a roof is measured by: a loop of so many rounds, and the 10^9 operations or bytes of a round."""
+
+    loop: Callable[[int], object]
+    amount: float
 
 
-def measure(rounds: int = 15) -> Roofs:
-    """The roofs at torch's number of threads: best of ``rounds``; CPU time on one thread, wall time on more."""
+def tasks() -> dict[str, Task]:
+    """The task of each roof by its name."""
+    a, q = torch.randn(SIDE, SIDE), torch.randint(-127, 127, (SIDE, SIDE), dtype=torch.int8)
+    half, operations = a.bfloat16(), 2 * SIDE**3 / 1e9
+    small, large = torch.ones(512, 512), torch.ones(2896, 2896)
+
+    def repeated(function: Callable[[], object]) -> Callable[[int], None]:
+        def loop(rounds: int) -> None:
+            for _ in range(rounds):
+                function()
+
+        return loop
+
+    return {
+        "float32": Task(repeated(lambda: a @ a), operations),
+        "bfloat16": Task(repeated(lambda: half @ half), operations),
+        "int8": Task(repeated(lambda: torch._int_mm(q, q)), operations),
+        "l2": Task(repeated(lambda: small @ small[0]), small.nbytes / 1e9),
+        "l3": Task(repeated(lambda: large @ large[0]), large.nbytes / 1e9),
+    }
+
+
+def of_seconds(seconds: dict[str, float]) -> Roofs:
+    """The roofs where a round of each task takes so long."""
+    amounts = {name: task.amount for name, task in tasks().items()}
+    return Roofs(**{name: amount / seconds[name] for name, amount in amounts.items()}, l2_bytes=l2_bytes())
+
+
+def measure() -> Roofs:
+    """The roofs at torch's number of threads, medians; CPU time on one thread, wall time on more."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    operations = 2 * SIDE**3 / 1e9
-    a = torch.randn(SIDE, SIDE)
-    products = {"float32": a, "bfloat16": a.bfloat16()}
-    found = {name: operations / best(lambda m=m: m @ m, clock, rounds) for name, m in products.items()}
-    q = torch.randint(-127, 127, (SIDE, SIDE), dtype=torch.int8)
-    found["int8"] = operations / best(lambda: torch._int_mm(q, q), clock, rounds)
-    for name, megabytes, repeats in (("l2", 1, 64), ("l3", 32, 2)):
-        buffer = torch.ones(megabytes << 18)
-
-        def read(buffer: torch.Tensor = buffer, repeats: int = repeats) -> None:
-            for _ in range(repeats):
-                buffer.sum()
-
-        found[name] = buffer.nbytes * repeats / 1e9 / best(read, clock, rounds)
-    return Roofs(**found, l2_bytes=l2_bytes())
+    found = slopes({name: task.loop for name, task in tasks().items()}, clock)
+    return of_seconds({name: cost.step.median / 1e6 for name, cost in found.items()})
 
 
 def l2_bytes() -> int:
