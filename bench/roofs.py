@@ -1,9 +1,10 @@
 """What this machine can do at most, measured: products in three types, and reading from L2 and L3.
 
 The product roofs are those of the library PyTorch calls, so a hand-written kernel may pass them; the bandwidths are
-those of the fastest way it has to read so much once: a sum over what fits L2, a matrix by a vector from L3. Both obey ``torch.set_num_threads``. What a processor shared with
-others can do changes within seconds, and not for all roofs alike (those of bfloat16 and int8 by a factor of three), so
-that a benchmark measures them between the rounds of what it holds against them.
+those of the fastest way it has to read so much once: a sum over what fits L2, a matrix by a vector from L3. Both obey
+``torch.set_num_threads``. What a processor shared with others can do changes within seconds, and not for all roofs
+alike (those of bfloat16 and int8 by a factor of three), so that a benchmark measures them between the rounds of what it
+holds against them.
 
     python -m bench.roofs [--threads 1]
 """
