@@ -1,9 +1,10 @@
 """Layers and cells against torch.nn: microseconds of CPU time for forward, and for forward and backward.
 
 Each shape runs the automatic choice, every backend of ours, and torch.nn with oneDNN on and (float32) off, interleaved
-in one run, after the outputs and the gradients of all of them have been compared with torch.nn in float64.
+in one run, after the outputs and the gradients of all of them have been compared with torch.nn in float64. "roof" is
+the time that the products alone take at the rate of PyTorch's largest ones in the same rounds (`bench.roofs`).
 
-    python -m bench.sequence [--threads 1] [--quick] [--output bench/results/sequence.csv]
+    python -m bench.sequence [--threads 1] [--quick] [--sequences] [--output bench/results/sequence.csv]
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from bench.timing import interleaved, row, write_csv
+from bench import roofs
+from bench.timing import Timing, interleaved, row, write_csv
 
 # T, B, L, H, I: the stacks of the five tutorials and of word and molecule models, then single steps.
 SHAPES = [
@@ -70,6 +72,14 @@ def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor)
         raise SystemExit(f"not timed: errors {wrong} exceed {allowed:.2e} on shape {tuple(x.shape)}")
 
 
+def operations(name: str, shape: tuple[int, ...], gradient: bool) -> float:
+    """10^9 multiplications and additions of the products; their gradients are twice as many."""
+    time, batch, layers, hidden, inputs = shape
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[name.removesuffix("Cell")]
+    terms = inputs + hidden + (layers - 1) * 2 * hidden
+    return 2e-9 * time * batch * gates * hidden * terms * (3 if gradient else 1)
+
+
 def measure(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: bool, pace: dict[str, float]
 ) -> list[dict]:
@@ -91,9 +101,13 @@ def measure(
     if dtype != torch.bfloat16:  # which PyTorch multiplies 30 to 60 times slower without oneDNN
         rivals["torch without oneDNN"] = runner(theirs, x, None, False, gradient)
     check(rivals, double, x)
-    timings = interleaved(rivals, **pace)
+    precision = str(dtype).removeprefix("torch.")
+    task = roofs.tasks()[precision]
+    timings = interleaved(rivals | {"roof": lambda: task.loop(1)}, **pace)
+    share = operations(name, shape, gradient) / task.amount
+    timings["roof"] = Timing(*(share * value for value in timings["roof"]))
     best = min(timing.median for rival, timing in timings.items() if rival.startswith("torch"))
-    op, precision = f"{name} {'forward+backward' if gradient else 'forward'}", str(dtype).removeprefix("torch.")
+    op = f"{name} {'forward+backward' if gradient else 'forward'}"
     figures = "  ".join(f"{rival} {t.median:.0f} ({best / t.median:.2f}x)" for rival, t in timings.items())
     print(f"{op} {precision} T={time} B={batch} L={layers} H={hidden} I={inputs}: {figures}", flush=True)
     sizes = dict(dtype=precision, T=time, B=batch, I=inputs, H=hidden, L=layers)
@@ -104,12 +118,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="sequence mode against torch.nn (ratios to its faster setting)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two small shapes, to see that it runs")
+    parser.add_argument("--sequences", action="store_true", help="without the single steps")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sequence.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="TF32 acceleration")  # said whenever oneDNN is switched off
     rows, pace = [], {"rounds": 3, "seconds": 0.002} if options.quick else {}
-    for shape in QUICK if options.quick else SHAPES:
+    shapes = QUICK if options.quick else SHAPES
+    for shape in [s for s in shapes if s[0] > 1 or not options.sequences]:
         for name in LAYERS + CELLS if shape[0] == shape[2] == 1 else LAYERS:
             for dtype in (torch.float32, torch.bfloat16):
                 for gradient in (False, True):
