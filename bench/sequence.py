@@ -1,8 +1,8 @@
 """Layers and cells against torch.nn: microseconds of CPU time for forward, and for forward and backward.
 
 Each shape runs the automatic choice, every backend of ours, and torch.nn with oneDNN on and (float32) off, interleaved
-in one run, after the outputs and the gradients of all of them have been compared with torch.nn in float64. "roof" is
-the time that the products alone take at the rate of PyTorch's largest ones in the same rounds (`bench.roofs`).
+in one run, after the outputs and the gradients of all of them have been compared with torch.nn in float64. "products"
+are the products of the same sizes alone, by PyTorch: what is left of a call beside them, or won against them.
 
     python -m bench.sequence [--threads 1] [--quick] [--sequences] [--output bench/results/sequence.csv]
 """
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from bench import roofs
-from bench.timing import Timing, interleaved, row, write_csv
+from bench.timing import interleaved, row, write_csv
 
 # T, B, L, H, I: the stacks of the five tutorials and of word and molecule models, then single steps.
 SHAPES = [
@@ -72,12 +71,32 @@ def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor)
         raise SystemExit(f"not timed: errors {wrong} exceed {allowed:.2e} on shape {tuple(x.shape)}")
 
 
-def operations(name: str, shape: tuple[int, ...], gradient: bool) -> float:
-    """10^9 multiplications and additions of the products; their gradients are twice as many."""
+def products(name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: bool) -> Callable[[], None]:
+    """The matrix products of a call and nothing else, by PyTorch: of the inputs of all steps at once, of the state step
+    by step; with ``gradient`` those of its gradient too, of the weights at once.
+    """
     time, batch, layers, hidden, inputs = shape
-    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[name.removesuffix("Cell")]
-    terms = inputs + hidden + (layers - 1) * 2 * hidden
-    return 2e-9 * time * batch * gates * hidden * terms * (3 if gradient else 1)
+    rows = {"LSTM": 4, "GRU": 3, "RNN": 1}[name.removesuffix("Cell")] * hidden
+
+    def made(*sizes: int) -> Tensor:
+        return torch.randn(sizes).to(dtype)
+
+    def run() -> None:
+        for x, w_ih in stack:
+            x @ w_ih.t()
+            for _ in range(time):
+                h @ w_hh.t()
+            if gradient:
+                for _ in range(time):
+                    da @ w_hh
+                all_da @ w_ih
+                all_da.t() @ x
+                all_da.t() @ all_h
+
+    stack = [(made(time * batch, n), made(rows, n)) for n in (inputs, *[hidden] * (layers - 1))]
+    h, da, w_hh = made(batch, hidden), made(batch, rows), made(rows, hidden)
+    all_h, all_da = made(time * batch, hidden), made(time * batch, rows)
+    return run
 
 
 def measure(
@@ -102,10 +121,7 @@ def measure(
         rivals["torch without oneDNN"] = runner(theirs, x, None, False, gradient)
     check(rivals, double, x)
     precision = str(dtype).removeprefix("torch.")
-    task = roofs.tasks()[precision]
-    timings = interleaved(rivals | {"roof": lambda: task.loop(1)}, **pace)
-    share = operations(name, shape, gradient) / task.amount
-    timings["roof"] = Timing(*(share * value for value in timings["roof"]))
+    timings = interleaved(rivals | {"products": products(name, shape, dtype, gradient)}, **pace)
     best = min(timing.median for rival, timing in timings.items() if rival.startswith("torch"))
     op = f"{name} {'forward+backward' if gradient else 'forward'}"
     figures = "  ".join(f"{rival} {t.median:.0f} ({best / t.median:.2f}x)" for rival, t in timings.items())
