@@ -113,14 +113,8 @@ std::string refuse_network(const NetworkSizes& n, const GenerateDevice& has) {
   const GeneratePlan plan = plan_generate(n, 1, has);
   if (plan.fits) return "";
   const auto text = [](int64_t number) { return std::to_string(number); };
-  const std::string where =
-      plan.cluster == 1 ? "in one multiprocessor" : "in each of " + text(plan.cluster) + " multiprocessors";
-  if (plan.needed_bytes > has.shared_limit + kStreamedBytes)
-    return "the network needs " + text(plan.needed_bytes) + " bytes " + where + "; there are " +
-           text(has.shared_limit) + " of shared memory, and " + text(kStreamedBytes) +
-           " more may be read again each step; the Triton loop takes it";
-  return "the network has H=" + text(n.H) + ", the loop in CUDA takes up to " +
-         text(plan.cluster * kClusterWarps * kTileSide) + " " + where + "; the Triton loop takes it";
+  return "a draw from V=" + text(n.V) + " tokens needs " + text(plan.needed_bytes) +
+         " bytes in one multiprocessor; there are " + text(has.shared_limit) + " of shared memory";
 }
 
 std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision, int64_t cluster) {
