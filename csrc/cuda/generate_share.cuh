@@ -45,7 +45,7 @@ struct Share {
   template <class E> struct Weights {
     const Fragment<E>*kept, *streamed;
     int count;  // that are kept
-    __device__ const Fragment<E>& operator[](int i) const { return (i < count ? kept : streamed)[i * 32]; }
+    __device__ Fragment<E> operator[](int i) const { return load_fragment((i < count ? kept : streamed) + i * 32); }
   };
   template <class E> __device__ Weights<E> weights(int64_t fragment) const {
     const int64_t first = fragment * 32 + lane;

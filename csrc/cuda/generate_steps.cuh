@@ -58,7 +58,7 @@ template <bool whole, int row_tiles> struct StepTile {
 
   template <class E> struct Weights {
     const Fragment<E>* from;
-    __device__ const Fragment<E>& operator[](int i) const { return from[i * 32]; }
+    __device__ Fragment<E> operator[](int i) const { return load_fragment(from + i * 32); }
   };
   template <class E> __device__ Weights<E> weights(int64_t fragment) const {
     return {reinterpret_cast<const Fragment<E>*>(c.blob) + fragment * 32 + lane};
@@ -73,11 +73,21 @@ template <bool whole, int row_tiles> struct StepTile {
 template <class M, int values, bool whole, int row_tiles, class Add, class Start, class Use>
 FR_DEVICE void sum_tile(const StepTile<whole, row_tiles>& s, bool has_tile, const Add& add, const Start& start,
                         const Use& use) {
-  constexpr int ahead = !M::on_tensor_cores || whole ? 1 : row_tiles == 1 ? 4 : 2;
+  constexpr int ahead = M::on_tensor_cores && row_tiles == 1 ? 4 : 2;
   TileSums<M, values, row_tiles, ahead> sums;
   if constexpr (!whole) {
+    const int part = s.work.part;
+    float given[row_tiles][values];  // of the first element that the warp adds up: on its way meanwhile
+    if (has_tile && part < 4)
+#pragma unroll
+      for (int n = 0; n < row_tiles; ++n) start(n, part, given[n]);
     if (has_tile) sums.start(s.existing()), add(sums, s.work), sums.finish();
-    sums.total(s, s.work, has_tile, 0, start, use);
+    const auto start_late = [&](int n, int i, float (&all)[values]) {
+      if (i != part) return start(n, i, all);
+#pragma unroll
+      for (int v = 0; v < values; ++v) all[v] = given[n][v];
+    };
+    sums.total(s, s.work, has_tile, 0, start_late, use);
   } else {
     if (!has_tile) return;
     float all[row_tiles][4][values];

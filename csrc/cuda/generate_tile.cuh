@@ -48,11 +48,28 @@ FR_DEVICE float state_from(CellKind cell, bool relu, const float (&sum)[kSumsOfU
   return new_state<CellKind::rnn>(gates, 0.0f, relu, carried);
 }
 
+// The weights of a fragment that are the lane's, 16 bytes at a time; p is aligned to that.
+template <class E> FR_DEVICE Fragment<E> load_fragment(const Fragment<E>* p) {
+  Fragment<E> f;
+  uint4 parts[sizeof f / 16];
+#pragma unroll
+  for (size_t i = 0; i < sizeof f / 16; ++i) parts[i] = reinterpret_cast<const uint4*>(p)[i];
+  memcpy(&f, parts, sizeof f);
+  return f;
+}
+
 // The sums of a warp's part of a tile, for row_tiles tiles of 8 rows, while products are added to them. A CTA's view S
 // of its memory has weights(fragment) of the lane from a fragment on, stride() and k_tiles() of h, warp and lane, and
-// partial() for the parts' sums. ahead: tiles along k whose weights are under way together.
+// partial() for the parts' sums. ahead: tiles along k that are on their way from memory together.
 template <class M, int values, int row_tiles, int ahead = 1> struct TileSums {
   using E = typename M::E;
+  // Where float is multiplied registers are dear: what can is loaded when it is needed, for all rows of a tile.
+  static constexpr bool weights_ahead = M::on_tensor_cores || ahead > 1, rows_ahead = M::on_tensor_cores;
+  static constexpr int held = rows_ahead ? 1 : kRows;  // rows of a tile that a lane multiplies
+  struct Loaded {
+    Fragment<E> weights[values];
+    Four<E> factor[row_tiles][held];
+  };
   Products<M, values> of[row_tiles];
 
   // existing: of the rows from the first tile on
@@ -63,34 +80,43 @@ template <class M, int values, int row_tiles, int ahead = 1> struct TileSums {
   // Adds h times the weights of a tile that begin at a fragment, (tiles of k, gates): a gate for each bit of `gates`,
   // which says to which sum it is added.
   template <class S> FR_DEVICE void add(const S& s, const Work& work, int64_t fragment, const E* h, unsigned gates) {
-    constexpr bool at_once = M::on_tensor_cores;  // where float is multiplied registers are dear
-    constexpr int held = at_once ? 1 : kRows;     // rows of a tile that a lane multiplies
-    const int stride = s.stride(), k_tiles = s.k_tiles(), each = __popc(gates);
+    const int k_tiles = s.k_tiles(), stride = s.stride(), each = __popc(gates);
     const auto from = s.template weights<E>(fragment);
-    h += (at_once ? s.lane / 4 : 0) * stride + s.lane % 4 * 4;
-#pragma unroll ahead
-    for (int k = work.part; k < k_tiles; k += work.parts) {
+    h += (rows_ahead ? s.lane / 4 : 0) * stride + s.lane % 4 * 4;
+    const auto load = [&](int k, Loaded& t) {
       int next = k * each;
-      const auto load = [&] { return from[next++]; };
-      Fragment<E> weights[values] = {};
-      Four<E> factor[row_tiles][held];
 #pragma unroll
-      for (int v = 0; v < values && at_once; ++v)
-        if (gates >> v & 1) weights[v] = load();
-#pragma unroll
-      for (int n = 0; n < row_tiles; ++n)
-#pragma unroll
-        for (int r = 0; r < held; ++r)
-          factor[n][r] = *reinterpret_cast<const Four<E>*>(h + (n * kRows + r) * stride + k * kUnits);
+      for (int v = 0; v < values && weights_ahead; ++v)
+        if (gates >> v & 1) t.weights[v] = from[next++];
+      if (rows_ahead) load_rows(h + k * kUnits, stride, t);
+    };
+    const auto multiply = [&](int k, Loaded& t) {
+      int next = k * each;
+      if (!rows_ahead) load_rows(h + k * kUnits, stride, t);
 #pragma unroll
       for (int v = 0; v < values; ++v) {
         if (!(gates >> v & 1)) continue;
-        if (!at_once) weights[0] = load();
+        if (!weights_ahead) t.weights[0] = from[next++];
 #pragma unroll
         for (int n = 0; n < row_tiles; ++n)
-          of[n].add(v, weights[at_once ? v : 0], [&](int r, int64_t) { return factor[n][at_once ? 0 : r]; }, 0);
+          of[n].add(
+              v, t.weights[weights_ahead ? v : 0], [&](int r, int64_t) { return t.factor[n][rows_ahead ? 0 : r]; }, 0);
       }
-    }
+    };
+    Loaded loaded[ahead] = {};
+#pragma unroll
+    for (int j = 0; j < ahead && ahead > 1; ++j)
+      if (work.part + j * work.parts < k_tiles) load(work.part + j * work.parts, loaded[j]);
+#pragma unroll 1
+    for (int k0 = work.part; k0 < k_tiles; k0 += ahead * work.parts)
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) {
+        const int k = k0 + j * work.parts, next = k + ahead * work.parts;
+        if (k >= k_tiles) break;
+        if (ahead == 1) load(k, loaded[j]);
+        multiply(k, loaded[j]);
+        if (ahead > 1 && next < k_tiles) load(next, loaded[j]);
+      }
   }
   FR_DEVICE void finish() {
 #pragma unroll
@@ -122,6 +148,14 @@ template <class M, int values, int row_tiles, int ahead = 1> struct TileSums {
         use(n, i, all);
       }
     }
+  }
+
+ private:
+  static FR_DEVICE void load_rows(const E* h, int stride, Loaded& t) {
+#pragma unroll
+    for (int n = 0; n < row_tiles; ++n)
+#pragma unroll
+      for (int r = 0; r < held; ++r) t.factor[n][r] = *reinterpret_cast<const Four<E>*>(h + (n * kRows + r) * stride);
   }
 };
 
