@@ -109,12 +109,29 @@ GenerateDevice generate_device(int device) {
   return has;
 }
 
+GenerateDevice device_with(int64_t shared_limit, int64_t cluster) {
+  GenerateDevice has{cluster, shared_limit, {}};
+  for (int i = 0; i < 5; ++i) has.at_once[i] = cluster >> i;
+  return has;
+}
+
+int64_t largest_cluster(const GenerateDevice& has) {
+  int64_t largest = 1;
+  for (int i = 1; i < 5; ++i) largest = has.at_once[i] > 0 ? 1 << i : largest;
+  return largest;
+}
+
 std::string refuse_network(const NetworkSizes& n, const GenerateDevice& has) {
   const GeneratePlan plan = plan_generate(n, 1, has);
   if (plan.fits) return "";
   const auto text = [](int64_t number) { return std::to_string(number); };
   return "a draw from V=" + text(n.V) + " tokens needs " + text(plan.needed_bytes) +
          " bytes in one multiprocessor; there are " + text(has.shared_limit) + " of shared memory";
+}
+
+std::string way_of(const NetworkSizes& n, const GenerateDevice& has) {
+  const Way way = plan_generate(n, 1, has).way;
+  return way == Way::cta ? "cta" : way == Way::cluster ? "cluster" : "steps";
 }
 
 std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision, int64_t cluster) {

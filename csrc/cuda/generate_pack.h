@@ -12,8 +12,12 @@ namespace fr::cuda {
 NetworkSizes sizes_of(Cell cell, int64_t L, int64_t H, int64_t V, Precision precision);
 // What a GPU has for the loop. Throws std::runtime_error where CUDA fails.
 GenerateDevice generate_device(int device);
-// Why a network does not run on such a device, or nothing.
+// A device with so much shared memory in a CTA, whose clusters have up to so many of them.
+GenerateDevice device_with(int64_t shared_limit, int64_t cluster);
+int64_t largest_cluster(const GenerateDevice& has);
+// Why a network does not run on such a device, or nothing; and what runs it: "cta", "cluster" or "steps".
 std::string refuse_network(const NetworkSizes& n, const GenerateDevice& has);
+std::string way_of(const NetworkSizes& n, const GenerateDevice& has);
 // The blob for that plan.cluster: of generate_plan.h where it is 0, else of generate_cluster_plan.h.
 std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision, int64_t cluster);
 
