@@ -147,8 +147,8 @@ LARGE = {
     "lstm": {"cell": "lstm", "hidden_size": 250, "vocab_size": 70, "num_layers": 2, "dtype": torch.bfloat16},
     "words": {"cell": "lstm", "hidden_size": 100, "vocab_size": 5000, "num_layers": 1, "dtype": torch.bfloat16},
     "steps lstm": {"cell": "lstm", "hidden_size": 512, "vocab_size": 128, "num_layers": 3, "dtype": torch.bfloat16},
-    "steps float32": {"cell": "gru", "hidden_size": 330, "vocab_size": 65, "num_layers": 2, "dtype": torch.float32},
-    "steps words": {"cell": "rnn_relu", "hidden_size": 700, "vocab_size": 900, "num_layers": 1, "dtype": torch.bfloat16},
+    "steps float32": {"cell": "gru", "hidden_size": 450, "vocab_size": 65, "num_layers": 2, "dtype": torch.float32},
+    "steps words": {"cell": "lstm", "hidden_size": 600, "vocab_size": 900, "num_layers": 2, "dtype": torch.bfloat16},
 }
 
 

@@ -1,6 +1,6 @@
-// K1: a CTA owns some sequences and the whole network (generate_cluster.cu and generate_steps.cu have larger ones), and runs many steps of
-// all of them in one launch: cells, head, draw, feedback, the end of a request and the start of the next one of the
-// queue.
+// K1: a CTA owns some sequences and the whole network (generate_cluster.cu and generate_steps.cu have the larger ones),
+// and runs many steps of all of them in one launch: cells, head, draw, feedback, the end of a request and the start of
+// the next one of the queue.
 //
 // A sum is one chain of fma in the order of k, started from the table's row or the bias: the order of csrc/cpu, whose
 // bits these are where its elementary functions are cell_math.h's own. A row's numbers depend on nothing but the row.

@@ -77,7 +77,7 @@ FR_DEVICE void sum_tile(const StepTile<whole, row_tiles>& s, bool has_tile, cons
   TileSums<M, values, row_tiles, ahead> sums;
   if constexpr (!whole) {
     const int part = s.work.part;
-    float given[row_tiles][values];  // of the first element that the warp adds up: on its way meanwhile
+    float given[row_tiles][values] = {};  // of the first element that the warp adds up: on its way meanwhile
     if (has_tile && part < 4)
 #pragma unroll
       for (int n = 0; n < row_tiles; ++n) start(n, part, given[n]);
