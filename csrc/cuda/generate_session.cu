@@ -66,6 +66,27 @@ DeviceRequest numbers_of(const GenerationRequest& q, int32_t slot) {
   return d;
 }
 
+template <class T> void upload(void* to, const std::vector<T>& from) {
+  require(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
+}
+
+// The table of a blob whose other floats are there.
+void fill_table(const NetworkWeights& from, const NetworkSizes& n, float* floats) {
+  const std::vector<float> first = pack_first(from, n);
+  const DeviceMemory weights(static_cast<int64_t>(first.size()) * 4), inputs(from.inputs ? n.V * from.E * 4 : 0);
+  upload(weights.get(), first);
+  if (from.inputs) upload(inputs.get(), std::vector<float>(from.inputs, from.inputs + n.V * from.E));
+  const TableCall call{n.V,
+                       from.E,
+                       n.gates * units_of(n),
+                       from.inputs ? inputs.as<float>() : nullptr,
+                       weights.as<float>(),
+                       floats + bias_in(n, 0),
+                       floats + table_in(n)};
+  require(static_cast<cudaError_t>(make_table(call, nullptr)), "table");
+  require(cudaStreamSynchronize(nullptr), "table");
+}
+
 template <class T> const T* moved(const DeviceMemory& memory, int64_t at) {
   return reinterpret_cast<const T*>(memory.as<char>() + at);
 }
@@ -94,9 +115,11 @@ std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precisio
   const std::string refusal = refuse_network(net->sizes, has);
   if (!refusal.empty()) throw std::invalid_argument(refusal);
   const std::vector<uint32_t> blob = pack_blob(from, precision, plan_generate(net->sizes, 1, has).cluster);
-  net->blob = DeviceMemory(static_cast<int64_t>(blob.size() * 4));
-  require(cudaMemcpy(net->blob.get(), blob.data(), blob.size() * 4, cudaMemcpyHostToDevice), "upload");
-  net->weight_bytes = 4 * (static_cast<int64_t>(blob.size()) - float_words(net->sizes) + table_in(net->sizes));
+  const auto table = static_cast<int64_t>(blob.size()), floats = table - table_in(net->sizes);
+  net->weight_bytes = 4 * table;
+  net->blob = DeviceMemory(4 * (floats + float_words(net->sizes)));
+  upload(net->blob.get(), blob);
+  fill_table(from, net->sizes, net->blob.as<float>() + floats);
   return net;
 }
 
