@@ -52,7 +52,7 @@ FR_PLAN int64_t cluster_floats_at(const NetworkSizes& n, int64_t cluster) {
   return cluster * cluster_split(n, cluster).all * fragment_words(n);
 }
 
-constexpr int64_t kSumsOfUnit = 4;  // generate_cluster.cu says which
+constexpr int64_t kSumsOfUnit = 4;  // generate_tile.cuh says which
 
 // Byte offsets into the dynamic shared memory of a CTA of a cluster, multiples of 16; weights to the end.
 struct ClusterLayout {

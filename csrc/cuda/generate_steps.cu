@@ -1,6 +1,6 @@
 // K3: the kernels of a step one after the other, each with the whole GPU: one for each layer, one for the head, one for
-// the draw; many steps are one CUDA graph. For networks of any size; those that a CTA (generate.cu) or a cluster
-// (generate_cluster.cu) holds are faster there.
+// the draw; many steps are one CUDA graph. For networks of any size, where neither a CTA (generate.cu) nor a cluster of
+// them (generate_cluster.cu) holds them.
 //
 // Products are those of a cluster's CTA (generate_tile.cuh) but for the weights, all of which come from the L2 cache or
 // beyond. The order of a sum follows from the network: a row's numbers depend on nothing but the row.

@@ -2,7 +2,7 @@
 // the three ways a generation runs. Pure functions of sizes, for host and device.
 //
 // The blob is that of a cluster of one CTA: tiles of 16 units or columns, each with all of its k. A warp multiplies one
-// of them with 8 or 32 rows. Few rows: warps of a CTA share a tile and its k, so that all of the GPU reads weights.
+// of them with 8 or 32 rows. Few rows: warps of a CTA share a tile and its k, so that more of the GPU reads weights.
 // Many rows: each warp has a tile of its own, and takes the parts of its k one after the other, in the order in which
 // they are added up where they are shared: a sum is the same however many rows there are.
 #pragma once
