@@ -49,7 +49,7 @@ gpu: setup
 	@$(BIN)/python -m bench.gpu $(ARGS)
 
 sanitize:
-	@echo "sanitize: compiling and running tests/native (5 minutes of processor time)"
+	@echo "sanitize: compiling and running tests/native (over 10 minutes of processor time)"
 	@$(call quiet,sanitize,tests/native/sanitize && tests/native/sanitize_cuda)
 	@grep -a ' holds$$\|left out' build/sanitize.log
 

@@ -287,22 +287,23 @@ int64_t gpu_pack(std::string cell, std::string precision, MaybeTensor inputs, st
 
 int64_t gpu_weight_bytes(int64_t network) { return gpu_networks().get(network)->weight_bytes; }
 
-// Why a network does not run on multiprocessors of `shared_bytes` of shared memory, up to `cluster` of them together,
-// or nothing.
+// On multiprocessors of `shared_bytes` of shared memory, up to `cluster` of them together: why a network does not run,
+// or nothing; and what runs it.
 std::string gpu_refusal(std::string cell, std::string precision, int64_t L, int64_t H, int64_t V, int64_t shared_bytes,
                         int64_t cluster) {
-  fr::cuda::GenerateDevice has{cluster, shared_bytes, {}};
-  for (int i = 0; i < 5; ++i) has.at_once[i] = cluster >> i;
-  return fr::cuda::refuse_network(fr::cuda::sizes_of(cell_of(cell), L, H, V, precision_of(precision)), has);
+  return fr::cuda::refuse_network(fr::cuda::sizes_of(cell_of(cell), L, H, V, precision_of(precision)),
+                                  fr::cuda::device_with(shared_bytes, cluster));
+}
+std::string gpu_way(std::string cell, std::string precision, int64_t L, int64_t H, int64_t V, int64_t shared_bytes,
+                    int64_t cluster) {
+  return fr::cuda::way_of(fr::cuda::sizes_of(cell_of(cell), L, H, V, precision_of(precision)),
+                          fr::cuda::device_with(shared_bytes, cluster));
 }
 
 // How many multiprocessors a GPU can run together, each with all of its shared memory.
 int64_t gpu_largest_cluster(int64_t device) {
   const DeviceGuard guard(static_cast<int32_t>(device));
-  const fr::cuda::GenerateDevice has = fr::cuda::generate_device(static_cast<int>(device));
-  int64_t largest = 1;
-  for (int i = 1; i < 5; ++i) largest = has.at_once[i] > 0 ? 1 << i : largest;
-  return largest;
+  return fr::cuda::largest_cluster(fr::cuda::generate_device(static_cast<int>(device)));
 }
 
 int64_t gpu_start(int64_t network, int64_t rows, bool windowed, int64_t) {
@@ -376,6 +377,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cuda, m) {
   m.def("generator_pack(" FR_WEIGHTS ", int device) -> int");
   m.def("generator_refusal(str cell, str precision, int L, int H, int V, int shared_bytes, int cluster) -> str");
+  m.def("generator_way(str cell, str precision, int L, int H, int V, int shared_bytes, int cluster) -> str");
   m.def("generator_largest_cluster(int device) -> int");
   FR_SHARED_SCHEMAS(m);
 }
@@ -383,6 +385,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda, CompositeExplicitAutograd, m) {
   m.impl("generator_pack", TORCH_BOX(&gpu_pack));
   m.impl("generator_refusal", TORCH_BOX(&gpu_refusal));
+  m.impl("generator_way", TORCH_BOX(&gpu_way));
   m.impl("generator_largest_cluster", TORCH_BOX(&gpu_largest_cluster));
   m.impl("generator_weight_bytes", TORCH_BOX(&gpu_weight_bytes));
   m.impl("generator_start", TORCH_BOX(&gpu_start));

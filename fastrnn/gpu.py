@@ -41,7 +41,9 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
     if call.op == "generate":
         within = ("cuda", "the whole loop in one launch, each multiprocessor or cluster of them with a whole network")
         graphs = ("triton", "the whole loop runs on the GPU, many tokens a CUDA graph")
-        return within, graphs, ("reference", "the loop in Python takes every network")
+        beyond = ("cuda", "kernels for each step, 32 steps a CUDA graph, for networks that no cluster holds")
+        order = (graphs, beyond) if loop_way(call) == "steps" else (within, graphs)
+        return *order, ("reference", "the loop in Python takes every network")
     if call.op.partition("_")[2]:
         return ("triton", "Triton kernels: one launch for the whole sequence"), last
     fused, kernels = "aten", "triton"
@@ -126,17 +128,27 @@ def refuse_cuda(call: Call) -> str | None:
 
 
 def _refuse_cuda_loop(call: Call) -> str | None:
-    """Why the loop in one launch, with a network in a multiprocessor or a cluster of them, does not take a call."""
+    """Why the loop in CUDA does not take a call."""
     if call.dtype != torch.float32:
         return f"the loop in CUDA packs float32 networks, this one is {str(call.dtype).removeprefix('torch.')}"
     if call.precision == "int8":
         return "the loop in CUDA has float32 and bfloat16 weights, not int8"
     if call.window:
         return "the loop in CUDA carries its state from token to token; this network runs a window of ids for each"
+    return _of_network("generator_refusal", call) or None
+
+
+def loop_way(call: Call) -> str | None:
+    """What runs a network in the loop in CUDA: a multiprocessor ("cta"), a "cluster" of them, or the whole GPU, kernel
+    after kernel ("steps"); None where the loop does not take it."""
+    return None if refuse_cuda(call) else _of_network("generator_way", call)
+
+
+def _of_network(op: str, call: Call) -> str:
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin - BLOCKS_OWN_BYTES
     cluster = largest_cluster(torch.cuda.current_device())
-    refusal = native("fastrnn_cuda", "generator_refusal")
-    return refusal(call.cell, call.precision, call.layers, call.hidden, call.vocabulary, shared, cluster) or None
+    sizes = (call.layers, call.hidden, call.vocabulary)
+    return native("fastrnn_cuda", op)(call.cell, call.precision, *sizes, shared, cluster)
 
 
 @functools.cache

@@ -18,12 +18,6 @@ from fastrnn.sampling import SamplingParams
 CALL = backends.Call("generate", "cuda", torch.float32, 1, 1, 65, 64, precision="float32", cell="lstm", vocabulary=65)
 
 
-needs_clusters = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
-    reason="needs a GPU with clusters of multiprocessors, compute capability 9.0 or newer",
-)
-
-
 def make(device: str = "cpu", **options) -> Network:
     torch.manual_seed(1)
     config = {"vocab_size": 13, "hidden_size": 24, "num_layers": 2, "cell": "lstm", **options}
@@ -82,18 +76,22 @@ def test_a_machine_that_lacks_something_says_what() -> None:
 
 @pytest.mark.skipif("FASTRNN_CUDA" in (backends.available()["cuda"] or ""), reason="needs FASTRNN_CUDA=1 when building")
 @pytest.mark.skipif(extension_missing() is not None, reason="needs the C++ extension (make build)")
-def test_what_does_not_fit_is_known_without_a_gpu() -> None:
-    refusal = torch.ops.fastrnn_cuda.generator_refusal
+def test_what_runs_a_network_is_known_without_a_gpu() -> None:
+    refusal, way = torch.ops.fastrnn_cuda.generator_refusal, torch.ops.fastrnn_cuda.generator_way
     hopper, ampere = (227 << 10) - 1024, (163 << 10) - 1024
     for cell, precision, layers, hidden, vocabulary in [
         ("gru", "float32", 1, 32, 64), ("lstm", "float32", 1, 64, 82), ("lstm", "bfloat16", 1, 128, 65)
     ]:  # fmt: skip
         assert refusal(cell, precision, layers, hidden, vocabulary, hopper, 1) == ""
+        assert way(cell, precision, layers, hidden, vocabulary, hopper, 1) == "cta"
     for layers, hidden, vocabulary in [(4, 256, 65), (1, 128, 10_000)]:
-        assert refusal("lstm", "bfloat16", layers, hidden, vocabulary, hopper, 16) == ""
-        assert "bytes in one multiprocessor" in refusal("lstm", "bfloat16", layers, hidden, vocabulary, ampere, 1)
-        assert "bytes in each of 16 multip" in refusal("lstm", "float32", layers, hidden, vocabulary, hopper, 16)
-    assert "the Triton loop takes it" in refusal("lstm", "bfloat16", 3, 512, 128, hopper, 16)
+        assert way("lstm", "bfloat16", layers, hidden, vocabulary, hopper, 16) == "cluster"
+        assert way("lstm", "bfloat16", layers, hidden, vocabulary, ampere, 1) == "steps"
+        assert way("lstm", "float32", layers, hidden, vocabulary, hopper, 16) == "steps"
+    for layers, hidden, vocabulary in [(3, 512, 128), (2, 1024, 256), (8, 4096, 200_000)]:
+        assert refusal("lstm", "bfloat16", layers, hidden, vocabulary, ampere, 1) == ""
+        assert way("lstm", "bfloat16", layers, hidden, vocabulary, hopper, 16) == "steps"
+    assert "a draw from V=16777216 tokens needs" in refusal("gru", "bfloat16", 1, 64, 1 << 24, hopper, 16)
 
 
 @pytest.mark.gpu
@@ -142,19 +140,21 @@ def test_tokens_come_while_the_kernel_runs_each_once_and_in_order() -> None:
         assert completion.finish_reason == ("stop" if i % 3 == 2 else "length")
 
 
-# Networks that no multiprocessor of an H100 holds, but some together do.
+# Networks that no multiprocessor of an H100 holds: some together do, or the whole GPU is needed, which any GPU has.
 LARGE = {
     "gru": {"cell": "gru", "hidden_size": 130, "vocab_size": 65, "num_layers": 2, "dtype": torch.bfloat16},
     "float32": {"cell": "lstm", "hidden_size": 128, "vocab_size": 65, "num_layers": 1, "dtype": torch.float32},
     "lstm": {"cell": "lstm", "hidden_size": 250, "vocab_size": 70, "num_layers": 2, "dtype": torch.bfloat16},
     "words": {"cell": "lstm", "hidden_size": 100, "vocab_size": 5000, "num_layers": 1, "dtype": torch.bfloat16},
+    "steps lstm": {"cell": "lstm", "hidden_size": 512, "vocab_size": 128, "num_layers": 3, "dtype": torch.bfloat16},
+    "steps float32": {"cell": "gru", "hidden_size": 450, "vocab_size": 65, "num_layers": 2, "dtype": torch.float32},
+    "steps words": {"cell": "lstm", "hidden_size": 600, "vocab_size": 900, "num_layers": 2, "dtype": torch.bfloat16},
 }
 
 
 @pytest.mark.gpu
-@needs_clusters
 @pytest.mark.parametrize("name", LARGE)
-def test_a_network_in_a_cluster_gives_a_request_the_same_in_any_company(name: str) -> None:
+def test_a_large_network_gives_a_request_the_same_in_any_company(name: str) -> None:
     options = dict(LARGE[name])
     dtype, vocabulary = options.pop("dtype"), options["vocab_size"]
     network = make("cuda", **options)
@@ -165,10 +165,10 @@ def test_a_network_in_a_cluster_gives_a_request_the_same_in_any_company(name: st
 
 
 @pytest.mark.gpu
-@needs_clusters
+@pytest.mark.parametrize("hidden", [128, 520])
 @pytest.mark.parametrize("cell", CELLS)
-def test_log_probabilities_of_a_cluster_are_those_of_the_network(cell: str) -> None:
-    network = make("cuda", cell=cell, hidden_size=128, num_layers=2 if cell == "lstm" else 4)
+def test_log_probabilities_of_a_large_network_are_those_of_the_network(cell: str, hidden: int) -> None:
+    network = make("cuda", cell=cell, hidden_size=hidden, num_layers=2 if cell == "lstm" else 4)
     asked = requests(20)
     check_log_probabilities(network, asked, run(network, asked, batch_size=8))
 

@@ -12,7 +12,7 @@ from triton_cases import NEEDED, runs_here
 
 import fastrnn
 import oracle
-from fastrnn import backends
+from fastrnn import backends, gpu
 from fastrnn.generate import generate, make_engine, prefill
 from fastrnn.graphed import DeviceNetwork, GraphedEngine, tokens_at_once
 from fastrnn.network import CELLS, INPUTS
@@ -223,9 +223,13 @@ def test_how_many_tokens_the_host_waits_for() -> None:
     assert [tokens_at_once(n, False, False) for n in (1, 2, 3, 900)] == [2, 2, 4, 4]
 
 
-def test_who_runs_a_network() -> None:
+def test_who_runs_a_network(monkeypatch) -> None:
     call = backends.Call("generate", "cuda", torch.float32, 1, 1, 8, 8)
-    assert [name for name, _ in backends.preference(call)] == ["cuda", "triton", "reference"]
+    for way, order in [(None, ["cuda", "triton"]), ("cta", ["cuda", "triton"]), ("cluster", ["cuda", "triton"]),
+                       ("steps", ["triton", "cuda"])]:  # fmt: skip
+        monkeypatch.setattr(gpu, "loop_way", lambda call, way=way: way)
+        assert [name for name, _ in backends.preference(call)] == [*order, "reference"]
+    monkeypatch.undo()
     assert "run a window" not in (backends.TABLE["triton"].refuse(call) or "")
     assert "runs a window for each token" in backends.TABLE["triton"].refuse(call._replace(window=True))
     assert "bfloat16 weights" in backends.TABLE["triton"].refuse(call._replace(precision="bfloat16"))

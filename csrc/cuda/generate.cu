@@ -1,6 +1,6 @@
-// K1: a CTA owns some sequences and the whole network (generate_cluster.cu has the larger ones), and runs many steps of
-// all of them in one launch: cells, head, draw, feedback, the end of a request and the start of the next one of the
-// queue.
+// K1: a CTA owns some sequences and the whole network (generate_cluster.cu and generate_steps.cu have the larger ones),
+// and runs many steps of all of them in one launch: cells, head, draw, feedback, the end of a request and the start of
+// the next one of the queue.
 //
 // A sum is one chain of fma in the order of k, started from the table's row or the bias: the order of csrc/cpu, whose
 // bits these are where its elementary functions are cell_math.h's own. A row's numbers depend on nothing but the row.
@@ -261,8 +261,9 @@ template <int Tile> __global__ void __launch_bounds__(kMostThreads, 1) generate_
 
 }  // namespace
 
-int generate(const GenerateCall& c, void* stream) {
-  if (c.plan.cluster > 0) return generate_clustered(c, stream);
+int generate(const GenerateCall& c, StepGraph& graph, void* stream) {
+  if (c.plan.way == Way::steps) return graph.launch(c, stream);
+  if (c.plan.way == Way::cluster) return generate_clustered(c, stream);
   const auto run = [&](auto kernel) {
     return FR_LAUNCH(kernel, static_cast<unsigned>(c.plan.blocks), static_cast<unsigned>(c.plan.threads),
                      static_cast<size_t>(c.plan.shared_bytes), static_cast<cudaStream_t>(stream), c);

@@ -1,10 +1,11 @@
-// A generation on a GPU: what generate.cu and generate_cluster.cu run, in terms of the GPU's memory. generate_session.h
-// feeds it.
+// A generation on a GPU: what generate.cu, generate_cluster.cu and generate_steps.cu run, in terms of the GPU's memory.
+// generate_session.h feeds it.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
-#include "generate_cluster_plan.h"
+#include "generate_steps_plan.h"
 
 namespace fr::cuda {
 
@@ -67,18 +68,35 @@ struct GenerateCall {
   const int32_t* stopped;  // (stopped_count,) slots whose rows end before the first step
   int32_t stopped_count;
   DeviceRow* rows;     // in out (plan.rows,)
-  float* state;        // in out (plan.rows, L, 2, H): h and what is carried
+  float* state;        // in out (plan.rows, L, 2, H): h and what is carried, of rows that run
   uint8_t* seen;       // in out (plan.rows, V)
   Log log;             // out
   int64_t most_draws;  // of a vote
   double* margins;     // scratch (plan.rows, most_draws) where that is more than kVotesInShared, as is
   int32_t* drawn;      // (plan.rows, most_draws)
-  float* logits;       // scratch (plan.rows, columns) of a cluster that has them not on the chip
+  void* scratch;  // scratch_bytes(): of a cluster the logits (plan.rows, columns); of steps zeros at the first launch
+};
+static_assert(sizeof(GenerateCall) <= kCallBytes);
+
+// The steps of Way::steps as a CUDA graph, which is made when first a launch has as many. What is launched with it has
+// the same net, plan, cell, blob, rows, state and scratch.
+class StepGraph {
+ public:
+  // As generate().
+  int launch(const GenerateCall& call, void* stream);
+
+ private:
+  struct Free {
+    void operator()(void* graph) const;
+  };
+  int record(const GenerateCall& call);
+  bool loaded_ = false;  // the kernels are: what is recorded cannot wait for that
+  std::unique_ptr<void, Free> recorded_;
 };
 
 // Begins `steps` steps of all rows on a stream (a cudaStream_t); the launch's cudaError_t.
-int generate(const GenerateCall& call, void* stream);
-// The same where the plan has a cluster, in generate_cluster.cu.
+int generate(const GenerateCall& call, StepGraph& graph, void* stream);
+// The same where the plan's way is a cluster, in generate_cluster.cu.
 int generate_clustered(const GenerateCall& call, void* stream);
 // How many clusters of so many CTAs, each with so much shared memory, the current device runs at once; 0: none.
 int64_t generate_clusters_at_once(int64_t cluster, int64_t shared_bytes);

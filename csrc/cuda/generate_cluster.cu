@@ -4,26 +4,14 @@
 // Products are made on tensor cores in bfloat16 and by fused multiply-adds in float32, 16 units and 8 rows at a time
 // (cell_tile.cuh). The order of a sum follows from the network and the size of the cluster: a row's numbers depend on
 // nothing but the row.
-#include "generate_rows.cuh"
 #include "generate_share.cuh"
 
 namespace fr::cuda {
 namespace {
 
-// The sums of a unit: a gate each, as in PyTorch; the GRU's n has one of its input's part and, the last, one of its
-// hidden state's. RNN: the first alone. Which of them the products of an input and of a hidden state have, as bits:
-FR_DEVICE unsigned input_gates(const Share& s) { return (1u << s.c.net.gates) - 1; }
-FR_DEVICE unsigned hidden_gates(const Share& s) { return s.c.cell == CellKind::gru ? 0b1011 : input_gates(s); }
-
 // What the sums of a unit are added to: the table's row of the id that is read, or the bias.
 FR_DEVICE void load_given(const Share& s, int layer, int unit, int row, float (&given)[kSumsOfUnit]) {
-  const int64_t units = units_of(s.c.net);
-  const int32_t id = s.orders()[row].id;
-  const float* from = s.floats() + bias_in(s.c.net, layer);
-  if (layer == 0) from = s.floats() + table_in(s.c.net) + (id < 0 ? 0 : id) * s.c.net.gates * units;
-#pragma unroll
-  for (int v = 0; v < kSumsOfUnit; ++v) given[v] = v < s.c.net.gates ? from[v * units + unit] : 0.0f;
-  if (s.c.cell == CellKind::gru) given[3] = s.floats()[bias_q_in(s.c.net, layer) + unit];
+  load_given(s.c.cell, s.c.net, s.floats(), layer, unit, s.orders()[row].id, given);
 }
 
 // The new state of a unit of a row from its sums.
@@ -37,17 +25,8 @@ FR_DEVICE void set_unit(const Share& s, int layer, int turn, int unit, int row, 
     return;
   }
   float* const kept = s.carry(layer, unit - s.first_unit(), row);
-  float carried = s.c.net.carries ? *kept : 0.0f, h;
-  if (s.c.cell == CellKind::lstm) {
-    h = new_state<CellKind::lstm>(sum, 0.0f, false, carried);
-  } else if (s.c.cell == CellKind::gru) {
-    const float gates[3] = {sum[0], sum[1], sum[3]};
-    h = new_state<CellKind::gru>(gates, sum[2], false, carried);
-  } else {
-    const float gates[1] = {sum[0]};
-    h = new_state<CellKind::rnn>(gates, 0.0f, s.c.relu, carried);
-  }
-  *next = M::factor(rounded<E>(h));
+  float carried = s.c.net.carries ? *kept : 0.0f;
+  *next = M::factor(rounded<E>(state_from(s.c.cell, s.c.relu, sum, carried)));
   if (s.c.net.carries) *kept = carried;
 }
 
@@ -85,7 +64,8 @@ template <class M, int row_tiles> __device__ __forceinline__ void run_layers(con
   const auto begin = [&](int layer, int n) {
     if (!has_tile) return;
     sums.start(s.existing - n * kRows);
-    sums.add(s, work, hidden_fragment(s.split, layer) + of_tile, s.h<E>(layer, turn) + at_row(n), hidden_gates(s));
+    sums.add(s, work, hidden_fragment(s.split, layer) + of_tile, s.h<E>(layer, turn) + at_row(n),
+             hidden_gates(s.c.cell, s.c.net));
   };
   begin(0, 0);
 #pragma unroll 1
@@ -100,7 +80,7 @@ template <class M, int row_tiles> __device__ __forceinline__ void run_layers(con
       if (n0 > 0) begin(layer, n0);
       if (layer > 0 && has_tile)
         sums.add(s, work, input_fragment(s.split, layer) + of_tile, s.h<E>(layer - 1, s.after(turn)) + at_row(n0),
-                 input_gates(s));
+                 input_gates(s.c.net));
       if (has_tile) sums.finish();
       if (gives)
 #pragma unroll

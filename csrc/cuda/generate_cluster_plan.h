@@ -1,5 +1,5 @@
-// How a network is cut over a cluster of CTAs, where everything lies, and whether a generation runs so or with one CTA
-// for a network. Pure functions of sizes, for host and device.
+// How a network is cut over a cluster of CTAs, where everything lies, and whether it fits. Pure functions of sizes, for
+// host and device.
 //
 // Units and columns of the head are cut into tiles of 16, which the CTAs share in order; k is cut so too. The matrices
 // of the blob are, CTA after CTA, fragments of 16 x 16 weights as the lanes of a warp hold them (cell_tile.cuh): of the
@@ -52,7 +52,7 @@ FR_PLAN int64_t cluster_floats_at(const NetworkSizes& n, int64_t cluster) {
   return cluster * cluster_split(n, cluster).all * fragment_words(n);
 }
 
-constexpr int64_t kSumsOfUnit = 4;  // generate_cluster.cu says which
+constexpr int64_t kSumsOfUnit = 4;  // generate_tile.cuh says which
 
 // Byte offsets into the dynamic shared memory of a CTA of a cluster, multiples of 16; weights to the end.
 struct ClusterLayout {
@@ -89,7 +89,7 @@ FR_PLAN ClusterLayout cluster_layout(const NetworkSizes& n, int64_t cluster, int
 inline GeneratePlan cut_cluster(const NetworkSizes& n, int64_t cluster, int64_t row_tiles, int64_t shared_limit) {
   const int64_t all = cluster_split(n, cluster).all, bytes = 4 * fragment_words(n);
   GeneratePlan p{};
-  p.cluster = cluster, p.block_rows = row_tiles * kTileRows, p.threads = 32 * kClusterWarps;
+  p.way = Way::cluster, p.cluster = cluster, p.block_rows = row_tiles * kTileRows, p.threads = 32 * kClusterWarps;
   for (const bool on_chip : {true, false}) {
     const int64_t front = cluster_layout(n, cluster, p.block_rows, on_chip).weights;
     p.needed_bytes = front + all * bytes;
@@ -126,15 +126,6 @@ inline GeneratePlan plan_cluster(const NetworkSizes& n, int64_t rows, const Gene
   best.rows = std::min(best.rows, at_once * best.block_rows);
   best.blocks = ceil_of(best.rows, best.block_rows) * best.cluster;
   return best;
-}
-
-// How a generation of up to `rows` sequences at once runs.
-inline GeneratePlan plan_generate(const NetworkSizes& n, int64_t rows, const GenerateDevice& device) {
-  if (device.wanted_cluster == 0) {
-    const GeneratePlan one = plan_one(n, rows, device);
-    if (one.fits) return one;
-  }
-  return plan_cluster(n, rows, device);
 }
 
 }  // namespace fr::cuda

@@ -53,22 +53,6 @@ void pack_ctas(const NetworkWeights& from, const NetworkSizes& n, int64_t cluste
   }
 }
 
-// The first layer's products with what each id reads, and the bias: each one chain of fma from the bias.
-void pack_table(const NetworkWeights& from, const NetworkSizes& n, const float* bias, float* table) {
-  const int64_t units = units_of(n);
-  for (int64_t v = 0; v < n.V; ++v)
-    for (int64_t g = 0; g < n.gates; ++g)
-      for (int64_t u = 0; u < n.H; ++u) {
-        const float* row = from.w_ih[0] + (g * n.H + u) * from.E;
-        float sum = bias[g * units + u];
-        if (from.inputs == nullptr)
-          sum += row[v];
-        else
-          for (int64_t e = 0; e < from.E; ++e) sum = __builtin_fmaf(from.inputs[v * from.E + e], row[e], sum);
-        table[(v * n.gates + g) * units + u] = sum;
-      }
-}
-
 void pack_floats(const NetworkWeights& from, const NetworkSizes& n, float* floats) {
   for (int64_t l = 0; l < n.L; ++l) {
     const float *b_ih = from.b_ih[l], *b_hh = from.b_hh[l];
@@ -81,7 +65,6 @@ void pack_floats(const NetworkWeights& from, const NetworkSizes& n, float* float
       }
   }
   if (from.head_bias) std::copy_n(from.head_bias, n.V, floats + head_bias_in(n));
-  pack_table(from, n, floats + bias_in(n, 0), floats + table_in(n));
 }
 
 }  // namespace
@@ -109,24 +92,35 @@ GenerateDevice generate_device(int device) {
   return has;
 }
 
+GenerateDevice device_with(int64_t shared_limit, int64_t cluster) {
+  GenerateDevice has{cluster, shared_limit, {}};
+  for (int i = 0; i < 5; ++i) has.at_once[i] = cluster >> i;
+  return has;
+}
+
+int64_t largest_cluster(const GenerateDevice& has) {
+  int64_t largest = 1;
+  for (int i = 1; i < 5; ++i) largest = has.at_once[i] > 0 ? 1 << i : largest;
+  return largest;
+}
+
 std::string refuse_network(const NetworkSizes& n, const GenerateDevice& has) {
   const GeneratePlan plan = plan_generate(n, 1, has);
   if (plan.fits) return "";
   const auto text = [](int64_t number) { return std::to_string(number); };
-  const std::string where =
-      plan.cluster == 1 ? "in one multiprocessor" : "in each of " + text(plan.cluster) + " multiprocessors";
-  if (plan.needed_bytes > has.shared_limit + kStreamedBytes)
-    return "the network needs " + text(plan.needed_bytes) + " bytes " + where + "; there are " +
-           text(has.shared_limit) + " of shared memory, and " + text(kStreamedBytes) +
-           " more may be read again each step; the Triton loop takes it";
-  return "the network has H=" + text(n.H) + ", the loop in CUDA takes up to " +
-         text(plan.cluster * kClusterWarps * kTileSide) + " " + where + "; the Triton loop takes it";
+  return "a draw from V=" + text(n.V) + " tokens needs " + text(plan.needed_bytes) +
+         " bytes in one multiprocessor; there are " + text(has.shared_limit) + " of shared memory";
+}
+
+std::string way_of(const NetworkSizes& n, const GenerateDevice& has) {
+  const Way way = plan_generate(n, 1, has).way;
+  return way == Way::cta ? "cta" : way == Way::cluster ? "cluster" : "steps";
 }
 
 std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision, int64_t cluster) {
   const NetworkSizes n = sizes_of(from.cell, from.L, from.H, from.V, precision);
   const int64_t floats = cluster ? cluster_floats_at(n, cluster) : floats_at(n);
-  std::vector<uint32_t> blob(static_cast<size_t>(floats + float_words(n)));
+  std::vector<uint32_t> blob(static_cast<size_t>(floats + table_in(n)));
   pack_floats(from, n, reinterpret_cast<float*>(blob.data() + floats));
   if (cluster) {
     pack_ctas(from, n, cluster, blob.data());
@@ -138,6 +132,16 @@ std::vector<uint32_t> pack_blob(const NetworkWeights& from, Precision precision,
   }
   pack_matrix(n, from.head, 1, n.V, columns_of(n), blob.data() + head_at(n));
   return blob;
+}
+
+std::vector<float> pack_first(const NetworkWeights& from, const NetworkSizes& n) {
+  const int64_t units = units_of(n);
+  std::vector<float> to(static_cast<size_t>(from.E * n.gates * units));
+  for (int64_t g = 0; g < n.gates; ++g)
+    for (int64_t u = 0; u < n.H; ++u)
+      for (int64_t e = 0; e < from.E; ++e)
+        to[static_cast<size_t>((e * n.gates + g) * units + u)] = from.w_ih[0][(g * n.H + u) * from.E + e];
+  return to;
 }
 
 }  // namespace fr::cuda

@@ -1,5 +1,6 @@
 // Where everything of a generation lies that has one CTA to itself, and whether it fits; generate_cluster_plan.h is
-// about clusters and says which of the two runs. Pure functions of sizes, for host and device.
+// about clusters, generate_steps_plan.h about kernels of the whole GPU and says which of the three runs. Pure functions
+// of sizes, for host and device.
 //
 // The weights of a network are one blob of 32-bit words: matrices, then floats. Floats: for every layer bias (gates,
 // units) and bias_q (units,), the head's bias (columns,), and the table (V, gates, units) of the first layer's
@@ -53,13 +54,19 @@ constexpr int64_t kMostThreads = 256, kMostRowsOfBlock = 64;
 constexpr int64_t kVotesInShared = 128;  // draws of a vote that are kept on the chip
 constexpr int64_t kPublished = 32;       // steps after which the host is told what rows have done
 constexpr int64_t kRowBytes = 512;       // of what a CTA keeps of a row beside its state
+constexpr int64_t kCallBytes = 512;      // of what a launch is given
+
+// What runs a network: a CTA all of it (generate.cu), a cluster of CTAs (generate_cluster.cu), or the whole GPU, with
+// kernels one after the other (generate_steps.cu).
+enum class Way { cta, cluster, steps };
 
 // How a generation of `rows` sequences runs, at once as many of them.
 struct GeneratePlan {
+  Way way;
   bool fits;
   int64_t needed_bytes;  // of shared memory in a CTA with the fewest rows
   int64_t rows, blocks, threads, shared_bytes;
-  int64_t cluster;     // CTAs that share a network; 0: each has all of it
+  int64_t cluster;     // CTAs for which the blob is cut; 0: the matrices of one CTA that has all
   int64_t block_rows;  // sequences of a CTA, or of a cluster
   // Of a CTA that has all: each thread has a unit of `tile` sequences.
   int64_t tile;
@@ -67,6 +74,10 @@ struct GeneratePlan {
   // Of a cluster: the fragments of weights that a CTA keeps, where the others are read again each step.
   int64_t resident;
   bool logits_on_chip;
+  // Of the whole GPU: tiles of rows that a warp multiplies at a time, and whether it has a tile of units or of columns
+  // to itself.
+  int64_t row_tiles;
+  bool whole_units, whole_columns;
 };
 
 FR_PLAN int64_t to_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -119,7 +130,9 @@ struct GenerateDevice {
   int64_t multiprocessors;
   int64_t shared_limit;  // bytes that a CTA may have
   int64_t at_once[5];    // clusters of 1, 2, 4, 8 and 16 CTAs, each with all of its memory, that run together; 0: none
-  int64_t wanted_cluster = 0;  // for tests and measurements: CTAs of a cluster, whatever would suit
+  // For tests and measurements: the ways before this one are not taken; CTAs of a cluster, 0: as it suits.
+  Way first = Way::cta;
+  int64_t wanted_cluster = 0;
 };
 
 // With one CTA for a network: as many of them as there are multiprocessors, or more where a CTA cannot hold its share

@@ -47,15 +47,20 @@ __device__ __forceinline__ DrawScratch scratch_of(unsigned char* memory, const D
           reinterpret_cast<double*>(memory + at.margins) + n * kVotesInShared};
 }
 
+// One thread readies a row for a launch: it has no notes yet, and runs no request that was stopped.
+__device__ inline void open_row(const GenerateCall& c, DeviceRow& row) {
+  row.noted = 0;
+  for (int32_t i = 0; i < c.stopped_count; ++i)
+    if (row.active && row.q.slot == c.stopped[i]) row.active = 0;
+  if (!row.active) row.id = kNoRequest;
+}
+
 // One thread brings row `number` to the chip, or one that does nothing where the call has no such row.
 __device__ inline void fetch_row(const GenerateCall& c, int64_t number, DeviceRow& to) {
   DeviceRow none{};
   none.id = kNoRequest;
   to = number < c.plan.rows ? c.rows[number] : none;
-  to.noted = 0;
-  for (int32_t i = 0; i < c.stopped_count; ++i)
-    if (to.active && to.q.slot == c.stopped[i]) to.active = 0;
-  if (!to.active) to.id = kNoRequest;
+  open_row(c, to);
 }
 
 // One thread notes that a row changed hands.

@@ -33,10 +33,6 @@ void clear(const DeviceMemory& memory, cudaStream_t stream) {
   require(cudaMemsetAsync(memory.get(), 0, static_cast<size_t>(memory.bytes()), stream), "clear");
 }
 
-int64_t logits_bytes(const NetworkSizes& n, const GeneratePlan& plan) {
-  return plan.cluster > 0 && !plan.logits_on_chip ? plan.rows * columns_of(n) * 4 : 0;
-}
-
 CellKind kind_of(Cell cell) {
   return cell == Cell::lstm ? CellKind::lstm : cell == Cell::gru ? CellKind::gru : CellKind::rnn;
 }
@@ -70,6 +66,27 @@ DeviceRequest numbers_of(const GenerationRequest& q, int32_t slot) {
   return d;
 }
 
+template <class T> void upload(void* to, const std::vector<T>& from) {
+  require(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
+}
+
+// The table of a blob whose other floats are there.
+void fill_table(const NetworkWeights& from, const NetworkSizes& n, float* floats) {
+  const std::vector<float> first = pack_first(from, n);
+  const DeviceMemory weights(static_cast<int64_t>(first.size()) * 4), inputs(from.inputs ? n.V * from.E * 4 : 0);
+  upload(weights.get(), first);
+  if (from.inputs) upload(inputs.get(), std::vector<float>(from.inputs, from.inputs + n.V * from.E));
+  const TableCall call{n.V,
+                       from.E,
+                       n.gates * units_of(n),
+                       from.inputs ? inputs.as<float>() : nullptr,
+                       weights.as<float>(),
+                       floats + bias_in(n, 0),
+                       floats + table_in(n)};
+  require(static_cast<cudaError_t>(make_table(call, nullptr)), "table");
+  require(cudaStreamSynchronize(nullptr), "table");
+}
+
 template <class T> const T* moved(const DeviceMemory& memory, int64_t at) {
   return reinterpret_cast<const T*>(memory.as<char>() + at);
 }
@@ -98,9 +115,11 @@ std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precisio
   const std::string refusal = refuse_network(net->sizes, has);
   if (!refusal.empty()) throw std::invalid_argument(refusal);
   const std::vector<uint32_t> blob = pack_blob(from, precision, plan_generate(net->sizes, 1, has).cluster);
-  net->blob = DeviceMemory(static_cast<int64_t>(blob.size() * 4));
-  require(cudaMemcpy(net->blob.get(), blob.data(), blob.size() * 4, cudaMemcpyHostToDevice), "upload");
-  net->weight_bytes = 4 * (static_cast<int64_t>(blob.size()) - float_words(net->sizes) + table_in(net->sizes));
+  const auto table = static_cast<int64_t>(blob.size()), floats = table - table_in(net->sizes);
+  net->weight_bytes = 4 * table;
+  net->blob = DeviceMemory(4 * (floats + float_words(net->sizes)));
+  upload(net->blob.get(), blob);
+  fill_table(from, net->sizes, net->blob.as<float>() + floats);
   return net;
 }
 
@@ -115,9 +134,10 @@ Session::Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, void* s
       state_(plan_.rows * net_->sizes.L * 2 * net_->sizes.H * 4),
       seen_(plan_.rows * net_->sizes.V),
       claimed_(4),
-      logits_(logits_bytes(net_->sizes, plan_)) {
+      scratch_(scratch_bytes(net_->sizes, plan_)) {
   clear(rows_, static_cast<cudaStream_t>(stream_));
   clear(state_, static_cast<cudaStream_t>(stream_));
+  clear(scratch_, static_cast<cudaStream_t>(stream_));
 }
 
 Session::~Session() {
@@ -192,8 +212,8 @@ void Session::launch(int64_t steps) {
   call.rows = rows_.as<DeviceRow>(), call.state = state_.as<float>(), call.seen = seen_.as<uint8_t>();
   call.log = log_.begin(logprobs), call.most_draws = most_draws_;
   call.margins = margins_.as<double>(), call.drawn = drawn_.as<int32_t>();
-  call.logits = logits_.as<float>();
-  require(static_cast<cudaError_t>(generate(call, stream_)), "launch");
+  call.scratch = scratch_.get();
+  require(static_cast<cudaError_t>(generate(call, graph_, stream_)), "launch");
   stopped_.clear();
   launched_ = steps, read_ = 0, begun_ = Clock::now();
 }
@@ -299,20 +319,21 @@ void read(const PackedNetwork& net, const std::vector<int32_t>& ids, float* h, f
   q.start_h = moved<float>(*memory, at_h), q.start_c = has_c ? moved<float>(*memory, at_c) : nullptr;
   DeviceMemory out(n.V * 4), queue(sizeof q), claimed(4), rows(sizeof(DeviceRow)), state(2 * size * 4), seen(n.V);
   const GeneratePlan plan = plan_generate(n, 1, net.has);
-  DeviceMemory scratch(logits_bytes(n, plan));
+  DeviceMemory scratch(scratch_bytes(n, plan));
+  StepGraph graph;
   LaunchLog log(1, plan.blocks, kReadSlice);
   q.read_logits = out.as<float>();
   to_device(queue.get(), &q, sizeof q, on);
-  for (const DeviceMemory* each : {&claimed, &rows, &state}) clear(*each, on);
+  for (const DeviceMemory* each : {&claimed, &rows, &state, &scratch}) clear(*each, on);
   GenerateCall call{};
-  call.net = n, call.plan = plan, call.logits = scratch.as<float>();
+  call.net = n, call.plan = plan, call.scratch = scratch.get();
   call.cell = kind_of(net.cell), call.relu = net.cell == Cell::rnn_relu, call.blob = net.blob.as<uint32_t>();
   call.queue = queue.as<DeviceRequest>(), call.queued = 1, call.claimed = claimed.as<int32_t>();
   call.rows = rows.as<DeviceRow>(), call.state = state.as<float>(), call.seen = seen.as<uint8_t>();
   call.most_draws = 1;
   for (int64_t done = 0; done < count; done += kReadSlice) {
     call.steps = std::min(kReadSlice, count - done), call.log = log.begin(false);
-    require(static_cast<cudaError_t>(generate(call, stream)), "launch");
+    require(static_cast<cudaError_t>(generate(call, graph, stream)), "launch");
     require(cudaStreamSynchronize(on), "reading");
   }
   std::vector<float> both(static_cast<size_t>(2 * size));

@@ -106,7 +106,8 @@ class Session final : public GenerationLoop {
   std::vector<TokenEvent> events_;
   std::vector<std::shared_ptr<DeviceMemory>> retired_;  // of requests that the launch may still read
   LaunchLog log_;
-  DeviceMemory rows_, state_, seen_, queue_, claimed_, stop_list_, margins_, drawn_, logits_;
+  DeviceMemory rows_, state_, seen_, queue_, claimed_, stop_list_, margins_, drawn_, scratch_;
+  StepGraph graph_;
 };
 
 }  // namespace fr::cuda

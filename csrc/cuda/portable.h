@@ -46,8 +46,8 @@ struct Launch {
 #define FR_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(cuda_on_cpu::dynamic_shared())
 
 template <class... P, class... A> cudaError_t launch(const Launch& how, void (*kernel)(P...), A... arguments) {
-  return cuda_on_cpu::launch(how.grid, how.block, dim3(how.cluster), how.shared_bytes, how.cooperative,
-                             [=] { kernel(static_cast<P>(arguments)...); });
+  return cuda_on_cpu::launch(how.stream, {how.grid, how.block, dim3(how.cluster), how.shared_bytes, how.cooperative,
+                                          [=] { kernel(static_cast<P>(arguments)...); }});
 }
 
 inline uint32_t warp_max(uint32_t v, FR_PLACE) {

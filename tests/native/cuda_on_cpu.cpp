@@ -220,8 +220,12 @@ void wait_for_kernel() {
   if (beside.joinable()) beside.join();
 }
 
-cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
-                   const std::function<void()>& body) {
+cudaError_t launch(cudaStream_t stream, const Kernel& kernel) {
+  const auto& [grid, block, cluster, shared_bytes, cooperative, body] = kernel;
+  if (recording.graph != nullptr && stream == recording.stream) {
+    recording.graph->push_back(kernel);
+    return cudaSuccess;
+  }
   wait_for_kernel();
   const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
   const size_t size = cooperative ? blocks : size_t{cluster.x} * cluster.y * cluster.z;
@@ -233,7 +237,7 @@ cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, boo
   }
   busy = true;
   beside = std::thread([=] {
-    run_grid(grid, block, size, shared_bytes, cooperative, body);
+    run_grid(kernel.grid, kernel.block, size, kernel.shared_bytes, kernel.cooperative, kernel.body);
     busy.store(false, std::memory_order_release);
   });
   return cudaSuccess;

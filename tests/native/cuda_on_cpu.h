@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace cuda_on_cpu {
 
@@ -28,7 +29,8 @@ enum class Order { forward, backward, shuffled };
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 0;
-  bool beside = false;  // a kernel runs beside the host, which waits for it where a stream's order asks for it
+  bool beside = false;     // a kernel runs beside the host, which waits for it where a stream's order asks for it
+  bool no_graphs = false;  // none can be instantiated
 };
 inline Options options;
 
@@ -47,9 +49,21 @@ struct Thread {
 };
 const Thread& self();
 
-// Runs `body` as a kernel; cooperative: all blocks together, else those of a cluster.
-cudaError_t launch(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, bool cooperative,
-                   const std::function<void()>& body);
+// A kernel to run; cooperative: all blocks together, else those of a cluster.
+struct Kernel {
+  dim3 grid, block, cluster;
+  size_t shared_bytes;
+  bool cooperative;
+  std::function<void()> body;
+};
+// Runs it, or adds it to `graph` where what `stream` is given is recorded.
+cudaError_t launch(cudaStream_t stream, const Kernel& kernel);
+using Graph = std::vector<Kernel>;
+struct Recording {
+  cudaStream_t stream = nullptr;
+  Graph* graph = nullptr;  // null: nothing is recorded
+};
+inline Recording recording;
 [[noreturn]] void fail(const char* what);
 // Whether a kernel runs beside the host, and until none does.
 bool is_busy();

@@ -139,11 +139,14 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 #define __expf(x) expf(x)
 
-// The runtime: device memory is memory, there is one stream.
+// The runtime: device memory is memory, streams are in order with each other, a graph is the kernels that were
+// recorded.
 extern "C" {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t code) { return code == cudaSuccess ? "no error" : "refused"; }
+inline const char* cudaGetErrorString(cudaError_t code) {
+  return code == cudaSuccess ? "no error" : code == cudaErrorNotSupported ? "operation not supported" : "refused";
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   cuda_on_cpu::wait_for_kernel();
   std::memcpy(to, from, bytes);
@@ -175,6 +178,43 @@ inline cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return cuda
 inline cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   cuda_on_cpu::wait_for_kernel();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = reinterpret_cast<cudaStream_t>(new char);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete reinterpret_cast<char*>(stream);
+  return cudaSuccess;
+}
+// The default stream cannot be recorded.
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream == nullptr || cuda_on_cpu::recording.graph != nullptr) return cudaErrorStreamCaptureUnsupported;
+  cuda_on_cpu::recording = {stream, new cuda_on_cpu::Graph};
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  if (cuda_on_cpu::recording.graph == nullptr || stream != cuda_on_cpu::recording.stream) return cudaErrorIllegalState;
+  *graph = reinterpret_cast<cudaGraph_t>(cuda_on_cpu::recording.graph);
+  cuda_on_cpu::recording = {};
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete reinterpret_cast<cuda_on_cpu::Graph*>(graph);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
+  if (cuda_on_cpu::options.no_graphs) return cudaErrorNotSupported;
+  *made = reinterpret_cast<cudaGraphExec_t>(new cuda_on_cpu::Graph(*reinterpret_cast<cuda_on_cpu::Graph*>(graph)));
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  return cudaGraphDestroy(reinterpret_cast<cudaGraph_t>(graph));
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  for (const cuda_on_cpu::Kernel& kernel : *reinterpret_cast<cuda_on_cpu::Graph*>(graph))
+    if (const cudaError_t code = cuda_on_cpu::launch(stream, kernel); code != cudaSuccess) return code;
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cuda_on_cpu::is_busy() ? cudaErrorNotReady : cudaSuccess; }
