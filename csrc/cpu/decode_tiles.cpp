@@ -271,7 +271,7 @@ template <class T> static void from_activations(const void* from, int64_t row, i
 template <class T> static const DecoderKernels& tile_kernels() {
   static constexpr DecoderKernels kernels = {
       kLanes,    sizeof(typename T::Element), T::group * kTileRows, pack<T>, layer<T>,
-      linear<T>, to_activations<T>,           from_activations<T>,  1};
+      linear<T>, to_activations<T>,           from_activations<T>,  1,       kTileRows};
   return kernels;
 }
 

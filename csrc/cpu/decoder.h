@@ -127,6 +127,7 @@ struct DecoderKernels {
   void (*to_activations)(const float* from, int64_t n, void* to, int64_t row);
   void (*from_activations)(const void* from, int64_t row, int64_t n, float* to);
   int64_t head_vectors = 4;  // of a panel of a large vocabulary's head
+  int64_t tile_rows = 1;     // so many rows take as long as one
 };
 
 // The kernels of a precision on the current instruction set.

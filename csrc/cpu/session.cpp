@@ -14,10 +14,10 @@ namespace {
 constexpr int64_t kLaneRows = 256;  // beyond that, state and products of a lane leave a core's cache
 // Bytes of weights times rows of a lane: a step of it is at most some 50 ms of work, so that a call soon returns.
 constexpr int64_t kLaneWork = int64_t{1} << 33;
-// From this many weight bytes on a step is long enough for threads to meet in each layer of it.
-constexpr int64_t kTeamBytes = 1 << 20;
-// Below this many rows a thread, a panel or a matrix tile of them, threads share the weights of a lane rather than its
-// rows: half a panel takes nearly as long as a whole one, and reading the weights as long.
+// From this many weight bytes on a step is long enough for threads to meet in each layer of it: of one row, of several.
+constexpr int64_t kTeamBytes = 3 << 19, kTeamBytesOfSome = 1 << 19;
+// Below this many rows a thread, a panel of them, threads share the weights of a lane rather than its rows: half a
+// panel takes nearly as long as a whole one, and reading the weights as long. Of matrix tiles one a thread is enough.
 constexpr int64_t kTeamRows = 16;
 constexpr int64_t kUnlimited = INT64_MAX;
 
@@ -25,11 +25,14 @@ constexpr int64_t kUnlimited = INT64_MAX;
 
 Session::Session(std::shared_ptr<const PackedNetwork> net, int64_t rows, bool windowed, int64_t threads)
     : net_(std::move(net)), windowed_(windowed), threads_(threads), team_(1) {
-  if (threads > 1 && rows < kTeamRows * threads && net_->weight_bytes >= kTeamBytes) {
+  const int64_t tile = net_->kernels->tile_rows;
+  const bool few = tile > 1 ? rows <= tile * (threads - 1) : rows < kTeamRows * threads;
+  if (threads > 1 && few && net_->weight_bytes >= (rows > 1 ? kTeamBytesOfSome : kTeamBytes)) {
     team_ = threads;
     lanes_.push_back(std::make_unique<Lane>(*this, rows));
     return;
   }
+  if (rows <= tile / 2) threads = 1;  // parts of a tile gain less than it costs to wake a thread
   const int64_t most = std::clamp<int64_t>(kLaneWork / net_->weight_bytes, 16, kLaneRows);
   int64_t count = std::max(std::min(threads, rows), (rows + most - 1) / most);
   if (threads > 1 && count > threads) count = (count + threads - 1) / threads * threads;
