@@ -119,7 +119,7 @@ def variants() -> list[launch.Variant]:
     found = []
     for cell, kernel in (("lstm", lstm_gates_kernel), ("gru", gru_gates_kernel)):
         for dtype, hidden, given in ((torch.float32, 300, True), (torch.bfloat16, 512, False)):
-            name = f"{cell}/gates/{launch.TYPES[dtype]}/{hidden}{'/masked' * given}"
+            name = f"gates/{cell}_gates/{launch.TYPES[dtype]}/{hidden}{'/masked' * given}"
             plan = tuning.gates(cell, hidden, 64, 100)
             found.append(launch.variant(name, kernel, plan, dtype, hidden, given, {}))
     return found
