@@ -178,7 +178,7 @@ def test_ctrl_c_while_generating(model):
     assert select.select([process.stdout], [], [], 120)[0], "nothing came"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, err.decode()
     assert b"Traceback" not in err
 
 
