@@ -174,7 +174,10 @@ def test_pipes_in_and_out(model):
 
 def test_ctrl_c_while_generating(model):
     many = [*COMMAND, "generate", model, "-p", "the", "--max-new-tokens", "1000000"]
-    process = subprocess.Popen(many, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        many, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert select.select([process.stdout], [], [], 120)[0], "nothing came"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
