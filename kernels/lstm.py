@@ -38,7 +38,7 @@ from .cell_math import (
     tanh,
     tile_of,
     unless,
-)  # fmt: skip
+)
 
 
 @triton.jit

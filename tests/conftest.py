@@ -104,3 +104,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.use_deterministic_algorithms(True)  # this is what fills uninitialised memory with NaN
     yield request.param
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["resident", "tiled", "group"])
+def form(request, monkeypatch):
+    """Has every sequence in Triton run in one form, which larger or smaller sizes take by themselves."""
+    from triton_cases import take_form
+
+    take_form(request.param, monkeypatch)
+    return request.param

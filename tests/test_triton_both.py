@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from test_triton_cells import DTYPES, KINDS, form, take_form  # noqa: F401
 from triton_cases import (
+    DTYPES,
+    KINDS,
     NEEDED,
     assert_equal,
     both_case,
     call,
     hold_to_definition,
     runs_here,
+    skip_without,
     with_gradients,
 )
 
@@ -30,11 +32,8 @@ SHAPES = [
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=["small", "two slices"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_directions_against_the_definition(device, form, kind, shape, way):  # noqa: F811
-    if kind == "lstm-proj" and form == "resident":
-        pytest.skip("a projection is never resident")
-    if form == "group" and shape["hidden"] <= 16:
-        pytest.skip("one tile has no group; the larger shape has")
+def test_both_directions_against_the_definition(device, form, kind, shape, way):
+    skip_without(form, kind, shape["hidden"])
     hold_to_definition(*both_case(kind, device, **shape), way)
 
 
@@ -47,10 +46,9 @@ def test_narrow_dtypes(device, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_direction_is_what_it_is_alone(device, form, kind):  # noqa: F811
+def test_each_direction_is_what_it_is_alone(device, form, kind):
     """Bit for bit, in forward and backward; x has one input, so that its part has no sum to be ordered."""
-    if kind == "lstm-proj" and form == "resident":
-        pytest.skip("a projection is never resident")
+    skip_without(form, kind)
     cell, a = both_case(kind, device, time=4, batch=18, inputs=1, hidden=19, masked=True, bias=False)
     named = with_gradients(cell, a)
     found = call(f"{cell}_forward", a) | call(f"{cell}_backward", named)

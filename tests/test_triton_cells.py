@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from triton_cases import (
+    DTYPES,
+    KINDS,
     NEEDED,
     assert_equal,
     call,
@@ -18,6 +20,8 @@ from triton_cases import (
     hold_to_definition,
     ours,
     runs_here,
+    skip_without,
+    take_form,
     with_gradients,
 )
 
@@ -27,32 +31,6 @@ if not runs_here():
     pytest.skip(NEEDED, allow_module_level=True)
 
 from fastrnn.kernels import cell_math, tuning
-
-KINDS = ["lstm", "lstm-proj", "gru", "rnn-tanh", "rnn-relu"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = ["resident", "tiled", "group"]
-
-
-@pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
-    """Has every sequence run in one form: W_hh on chip, in tiles by one program, or in tiles by a group."""
-    take_form(request.param, monkeypatch)
-    return request.param
-
-
-def take_form(name, monkeypatch):
-    plan = tuning.sequence
-
-    def sequence(cell, way, hidden, batch, dtype, sms, projection=False, directions=1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tuning, "RESIDENT_BYTES", tuning.RESIDENT_BYTES if name == "resident" else 0)
-            found = plan(cell, way, hidden, batch, dtype, 1 if name == "tiled" else 8, projection, directions)
-        assert found.resident == (name == "resident" and not projection)
-        assert name != "tiled" or found.programs == 1
-        return found
-
-    monkeypatch.setattr(tuning, "sequence", sequence)
-
 
 # --- values ---------------------------------------------------------------------------------------------------------
 
@@ -67,10 +45,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=["small", "reverse"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward_against_the_definition(device, form, kind, shape, way):
-    if kind == "lstm-proj" and form == "resident":
-        pytest.skip("a projection is never resident")
-    if form == "group" and shape["hidden"] <= 16:
-        pytest.skip("one tile has no group; the larger shape has")
+    skip_without(form, kind, shape["hidden"])
     hold_to_definition(*forward_case(kind, device, **shape), way)
 
 
@@ -173,8 +148,7 @@ def test_a_row_does_not_depend_on_its_batch_and_runs_repeat(device, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_read_or_written_beyond_the_tensors(device, form, kind):
     """Every argument lies between margins of NaN (of True, and of large lengths); results are new and have none."""
-    if kind == "lstm-proj" and form == "resident":
-        pytest.skip("a projection is never resident")
+    skip_without(form, kind)
     cell, a = forward_case(kind, device, time=3, batch=2, inputs=3, hidden=18, masked=True)
     named = with_gradients(cell, a)
     expected = call(f"{cell}_forward", a) | call(f"{cell}_backward", named)

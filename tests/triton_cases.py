@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastrnn import gpu, reference
 from fastrnn.library import ARGUMENTS, GATES, RESULTS
 from oracle import check
 
+KINDS = ["lstm", "lstm-proj", "gru", "rnn-tanh", "rnn-relu"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NEEDED = "needs Triton and either a CUDA GPU or TRITON_INTERPRET=1"
 
 
 def runs_here() -> bool:
     """Whether the kernels can run on this machine, compiled or interpreted."""
     return gpu.triton_missing() is None and (torch.cuda.is_available() or gpu.interpreting())
+
+
+def take_form(name, monkeypatch):
+    """Has every sequence run in one form: "resident", W_hh on chip, or in tiles, by one program or by a "group"."""
+    from fastrnn.kernels import tuning  # which needs Triton
+
+    plan = tuning.sequence
+
+    def sequence(cell, way, hidden, batch, dtype, sms, projection=False, directions=1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "RESIDENT_BYTES", tuning.RESIDENT_BYTES if name == "resident" else 0)
+            found = plan(cell, way, hidden, batch, dtype, 1 if name == "tiled" else 8, projection, directions)
+        assert found.resident == (name == "resident" and not projection)
+        assert name != "tiled" or found.programs == 1
+        return found
+
+    monkeypatch.setattr(tuning, "sequence", sequence)
+
+
+def skip_without(form, kind, hidden=None):
+    """Skip where a kind has no such form, or so few units are one tile."""
+    if kind == "lstm-proj" and form == "resident":
+        pytest.skip("a projection is never resident")
+    if form == "group" and hidden is not None and hidden <= 16:
+        pytest.skip("one tile has no group; the larger shape has")
 
 
 def forward_case(
