@@ -5,11 +5,11 @@ returns None or the sentence saying why this backend does not take it. An explic
 `backend`) never falls back: it raises that sentence. An automatic choice keeps its reason and every refusal for
 `explain`.
 
-Ops: ``{lstm,gru,rnn}_{forward,backward}``; those of both directions, ``{lstm,gru,rnn}_both_{forward,backward}``;
-``{lstm,gru}_gates``; ``sample``; ``lstm``, ``gru``, ``rnn``, a whole stack of layers with autograd, for which ``aten``
-runs PyTorch's fused RNN and every other backend runs layer by layer; and ``generate``, the generation loop, which is in
-Python (`fastrnn.engine`) for every backend but ``cpu`` and ``cuda`` (`fastrnn.native`) and ``triton``
-(`fastrnn.graphed`).
+Ops: ``{lstm,gru,rnn}_{forward,backward}``; those of both directions, ``{lstm,gru,rnn}_both_{forward,backward}``; those
+of packed rows, ``{lstm,gru,rnn}_packed_{forward,backward}``; ``{lstm,gru}_gates``; ``sample``; ``lstm``, ``gru``,
+``rnn``, a whole stack of layers with autograd, for which ``aten`` runs PyTorch's fused RNN and every other backend runs
+layer by layer; and ``generate``, the generation loop, which is in Python (`fastrnn.engine`) for every backend but
+``cpu`` and ``cuda`` (`fastrnn.native`) and ``triton`` (`fastrnn.graphed`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import gpu
 from .extension import cuda_kernels_missing, extension_missing, native
 
 CELLS = ("lstm", "gru", "rnn")
-WAYS = ("forward", "backward", "both_forward", "both_backward")
+WAYS = ("forward", "backward", "both_forward", "both_backward", "packed_forward", "packed_backward")
 CELL_OPS = (*(f"{cell}_{way}" for cell in CELLS for way in WAYS), "lstm_gates", "gru_gates")
 OPS = (*CELLS, *CELL_OPS, "sample", "generate")
 
@@ -144,10 +144,11 @@ def _of_single(op: str, load: Callable[[str], Callable]) -> Callable:
     if way == "gates":
         forward, kept = load(f"{cell}_forward"), slice(-2, None) if cell == "lstm" else -1
         return lambda *args: forward(*args[:-1], True)[kept]
-    if not way.startswith("both_"):
+    kind, _, way = way.rpartition("_")
+    if not kind:
         return load(op)
-    reference, single = importlib.import_module("fastrnn.reference"), op.replace("both_", "")
-    return functools.partial(reference.both, load(single), reference.parameters(single))
+    reference, single = importlib.import_module("fastrnn.reference"), f"{cell}_{way}"
+    return functools.partial(getattr(reference, kind), load(single), reference.parameters(single))
 
 
 def _refuse_cpu(call: Call) -> str | None:

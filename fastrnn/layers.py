@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from . import direct, ops
 from .cells import GRUCell, LSTMCell, RNNCell, State, Twin, check_reset, fx_leaf, same_kind
@@ -203,7 +203,7 @@ class _Layers(Twin, nn.RNNBase):
 
     @staticmethod
     def _packed_reset(reset: Any, input: PackedSequence) -> Tensor:
-        """The bools of `reset`, padded to (T, B) with the rows in the order of input.data."""
+        """The bools of `reset`, a row each of input.data."""
         if not isinstance(reset, PackedSequence):
             raise TypeError(
                 "reset must be a PackedSequence of bools because input is a PackedSequence, got "
@@ -217,7 +217,7 @@ class _Layers(Twin, nn.RNNBase):
                 f"rows, got batch_sizes {reset.batch_sizes.tolist()}: pack the mask with the lengths of the input"
             )
         check_reset(reset.data, (input.data.size(0),), "(sum of lengths,)", input.data.device)
-        return pad_packed_sequence(PackedSequence(reset.data, input.batch_sizes))[0]
+        return reset.data
 
 
 class LSTM(_Layers):

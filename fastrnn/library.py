@@ -2,9 +2,9 @@
 
 ``torch.ops.fastrnn.{lstm,gru,rnn}_{forward,backward}`` run one layer in one direction over a sequence, with the
 arguments and results of the functions of the same names in `fastrnn.reference`, ``{lstm,gru,rnn}_both_{...}`` both
-directions of a layer, and ``{lstm,gru}_gates`` find again what a forward op did not save; ``torch.ops.fastrnn.sample``
-draws tokens as `fastrnn.reference_sample` defines it. Their bodies only ask `fastrnn.backends` for a function and call
-it.
+directions of a layer, ``{lstm,gru,rnn}_packed_{...}`` one or both over the rows of a PackedSequence, and
+``{lstm,gru}_gates`` find again what a forward op did not save; ``torch.ops.fastrnn.sample`` draws tokens as
+`fastrnn.reference_sample` defines it. Their bodies only ask `fastrnn.backends` for a function and call it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ SCHEMAS = {
 
 for _cell in ("lstm", "gru", "rnn"):
     for _way in ("forward", "backward"):
-        SCHEMAS[f"{_cell}_both_{_way}"] = SCHEMAS[f"{_cell}_{_way}"].replace(", bool reverse", "")
+        _both = SCHEMAS[f"{_cell}_{_way}"].replace(", bool reverse", "")
+        SCHEMAS[f"{_cell}_both_{_way}"] = _both
+        SCHEMAS[f"{_cell}_packed_{_way}"] = _both.replace("Tensor? lengths", "Tensor lengths, Tensor offsets")
 
 # For each argument of a forward op that has a gradient, the result of the backward op that holds it. Both biases of the
 # LSTM and of the RNN have one gradient.
@@ -76,10 +78,12 @@ def run(op: str, args: Sequence) -> tuple[Tensor, ...]:
     if (a["b_ih"] is None) != (a["b_hh"] is None):
         alone = "b_hh" if a["b_ih"] is None else "b_ih"
         raise ValueError(f"{op}: b_ih and b_hh must both be given or both be None, got only {alone}")
+    packed, ways = "_packed_" in op, a["h0"].shape[:-2]
+    time, batch = (a["offsets"].shape[0] - 1, a["h0"].shape[-2]) if packed else x.shape[:2]
     call = Call(
-        op, x.device.type, x.dtype, *x.shape, a["w_hh"].shape[-2] // GATES[cell_of(op)],
+        op, x.device.type, x.dtype, time, batch, x.shape[-1], a["w_hh"].shape[-2] // GATES[cell_of(op)],
         lengths=a["lengths"] is not None, reset=a["reset"] is not None, projection=a.get("w_hr") is not None,
-        needs_grad=a.get("save", True), bidirectional="_both_" in op,
+        needs_grad=a.get("save", True), bidirectional=2 in ways, packed=packed,
     )  # fmt: skip
     return backends.pick(call)(*args)
 
@@ -109,16 +113,16 @@ def _like(tensor: Tensor) -> Tensor:
 def _fake_forward(op: str, args: Sequence) -> tuple[Tensor, ...]:
     a = dict(zip(ARGUMENTS[op], args))
     x, states = a["x"], [a["h0"], a["c0"]] if "c0" in a else [a["h0"]]
-    (*ways, batch, width), time = a["h0"].shape, x.shape[0]
-    outputs = [x.new_empty((*ways, time, batch, width)), *map(_like, states)]
+    *ways, _, width = a["h0"].shape
+    outputs = [x.new_empty((*ways, *x.shape[:-1], width)), *map(_like, states)]
     return *outputs, *(x.new_empty(shape if a["save"] else (*ways, 0)) for shape in _kept_shapes(op, a))
 
 
 def _kept_shapes(op: str, a: dict) -> list[tuple[int, ...]]:
     """The shapes of what backward needs beside y."""
-    *ways, batch, hidden = a["c0" if "c0" in a else "h0"].shape
+    *ways, _, hidden = a["c0" if "c0" in a else "h0"].shape
     widths = {"lstm": (4 * hidden, hidden), "gru": (4 * hidden,), "rnn": ()}[cell_of(op)]
-    return [(*ways, a["x"].shape[0], batch, width) for width in widths]
+    return [(*ways, *a["x"].shape[:-1], width) for width in widths]
 
 
 def _fake_gates(op: str, args: Sequence) -> Tensor | tuple[Tensor, ...]:
@@ -181,7 +185,11 @@ def _forward_gradient(op: str, ctx, *grads: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _gates_again(op: str, a: dict) -> dict[str, Tensor]:
-    """What backward needs beside y, by name, of a forward op that did not save it."""
+    """What backward needs beside y, by name, of a forward op that did not save it; packed rows are run once more."""
+    if "_packed_" in op:
+        with torch.no_grad():
+            again = getattr(torch.ops.fastrnn, op)(*((a | {"save": True})[name] for name in ARGUMENTS[op]))
+        return {name: value for name, value in zip(RESULTS[op], again) if name in ("gates", "cells")}
     gates = f"{cell_of(op)}_gates"
     find, names = getattr(torch.ops.fastrnn, gates), ARGUMENTS[gates]
     with torch.no_grad():

@@ -145,7 +145,8 @@ def stack(
         weights: in the order of ``torch.nn.RNNBase._flat_weights``.
         dropout: probability, applied in training between the layers.
         lengths: ``(B,)`` int64, for padded ``x``; see `fastrnn.reference`.
-        reset: ``(T, B)`` bool in forward time: True starts a new segment at that step, in both directions.
+        reset: bool ``(T, B)``, or ``(sum of lengths,)`` with ``batch_sizes``, in forward time: True starts a new
+            segment at that step, in both directions.
         recompute: keep of each layer only its y for backward, which finds the gates again.
 
     Returns:
@@ -153,7 +154,7 @@ def stack(
     """
     cell = mode.partition("_")[0].lower()
     states = hx if cell == "lstm" else (hx,)
-    together = bidirectional and x.is_cuda
+    together, in_place = bidirectional and x.is_cuda, False
     if not torch.compiler.is_compiling():
         time, batch = (len(batch_sizes), int(batch_sizes[0])) if batch_sizes is not None else x.shape[:2]
         needs_grad = _needs_grad((x, *states, *weights))
@@ -167,6 +168,7 @@ def stack(
         )  # fmt: skip
         backend = backends.choose(call).backend
         together = bidirectional and backend == "triton"
+        in_place = batch_sizes is not None and backend == "triton"
         if backend == "aten":
             options = (bias, num_layers, dropout, training, bidirectional, batch_sizes)
             return aten.stack(mode, x, hx, list(weights), *options, needs_grad=needs_grad)
@@ -174,10 +176,21 @@ def stack(
     how["directions"] = 1 + bidirectional
     if batch_sizes is None:
         return _layer_by_layer(mode, x, states, weights, lengths, reset, **how)
+    if in_place:
+        lengths, offsets = (t.to(x.device) for t in _places(batch_sizes))
+        return _layer_by_layer(mode, x, states, weights, lengths, reset, offsets=offsets, **how)
     x, host_lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
     lengths = host_lengths.to(x.device)
+    if reset is not None:
+        reset = _VF._pad_packed_sequence(reset, batch_sizes, False, False, len(batch_sizes))[0]
     y, hx = _layer_by_layer(mode, x, states, weights, lengths, reset, **how)
     return _VF._pack_padded_sequence(y, host_lengths, False)[0], hx
+
+
+def _places(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The lengths and the offsets of `fastrnn.reference` for packed rows."""
+    lengths = torch.searchsorted(-batch_sizes, -torch.arange(int(batch_sizes[0])))
+    return lengths, F.pad(batch_sizes.cumsum(0), (1, 0))
 
 
 def _of_layer(cell: str, weights: Sequence[Tensor], count: int) -> list[Tensor | None]:
@@ -186,18 +199,29 @@ def _of_layer(cell: str, weights: Sequence[Tensor], count: int) -> list[Tensor |
     return [*given, weights[count] if len(weights) > count else None] if cell == "lstm" else given
 
 
-def _both(cell: str, args: tuple, recompute: bool) -> tuple[Tensor, ...]:
-    """Both directions of a layer by one op: ``(y, hn)``, of the LSTM also ``cn``, each (2, ...)."""
+def _directions(cell: str, op: str, args: tuple, recompute: bool) -> tuple[Tensor, ...]:
+    """All directions D of a layer by one op: ``(y, hn)``, of the LSTM also ``cn``, each (D, ...)."""
     args = _in_autocast(args)
     tail = () if cell == "rnn" else (_needs_grad(args) and not recompute,)
-    return getattr(torch.ops.fastrnn, f"{cell}_both_forward")(*args, *tail)[: 3 if cell == "lstm" else 2]
+    return getattr(torch.ops.fastrnn, op)(*args, *tail)[: 3 if cell == "lstm" else 2]
+
+
+def _side_by_side(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The directions' weights in one tensor; a view where there is one direction."""
+    if tensors[0] is None:
+        return None
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def _layer_by_layer(
     mode: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], lengths: Tensor | None,
     reset: Tensor | None, *, directions: int, bias: bool, dropout: float, together: bool, recompute: bool,
+    offsets: Tensor | None = None,
 ):  # fmt: skip
-    """The stack as a loop over layers and directions, or with both `together`; ``dropout`` is 0 outside training."""
+    """The stack as a loop over layers and directions, or with both `together`; ``dropout`` is 0 outside training.
+
+    With ``offsets`` x holds packed rows, and so does the y of each layer.
+    """
     cell, _, nonlinearity = mode.lower().partition("_")
     count, per_slot = 2 + 2 * bias, len(weights) // states[0].shape[0]
     resets = (reset, reference.reset_of(reset, 1) if directions == 2 and not together else None)
@@ -207,10 +231,11 @@ def _layer_by_layer(
         if first and dropout:
             x = F.dropout(x, dropout, True)
         own = [_of_layer(cell, weights[slot], count) for slot in slots[first : first + directions]]
-        if together:
-            given = [None if ways[0] is None else torch.stack(ways) for ways in zip(*own)]
-            tail = (lengths, reset, nonlinearity) if cell == "rnn" else (lengths, reset)
-            y, *end = _both(cell, (x, *(s[first : first + 2] for s in states), *given, *tail), recompute)
+        if together or offsets is not None:
+            given = (x, *(s[first : first + directions] for s in states), *map(_side_by_side, zip(*own)))
+            places, op = ((lengths,), "both") if offsets is None else ((lengths, offsets), "packed")
+            tail = (*places, reset, *((nonlinearity,) if cell == "rnn" else ()))
+            y, *end = _directions(cell, f"{cell}_{op}_forward", (*given, *tail), recompute)
             outputs = list(y)
             ends.extend(zip(*end))
         else:

@@ -39,6 +39,11 @@ directions of a layer: every argument and result but ``x``, its gradient, ``leng
 dimension more, the first, for the forward and the reverse direction; ``reset[t]`` starts a new segment at step ``t``,
 which the reverse direction, coming from the other side, enters at ``t - 1``.
 
+``{lstm,gru,rnn}_packed_{forward,backward}`` run one direction or both, in that first dimension, over sequences of
+different length whose steps lie together as in a PackedSequence: row ``offsets[t] + b`` of ``x (N, I)``, ``N`` the sum
+of the lengths, is step ``t`` of sequence ``b``, and so it is of ``reset (N,)``, ``y``, ``gates``, ``cells`` and the
+gradients of x and y. No sequence is longer than the one before it, and none is empty. ``offsets (T + 1,)`` is int64.
+
 Nothing here is done in place, so autograd, forward-mode AD and ``torch.func`` transforms go through it.
 """
 
@@ -224,19 +229,48 @@ def rnn_backward(
 def both(function: Callable, names: Sequence[str], *args) -> tuple[Tensor, ...]:
     """A function of one direction, whose parameters have these names, for both directions."""
     given = dict(zip((name for name in names if name != "reverse"), args, strict=True))
+    return _each_direction(function, names, given, 2)
+
+
+def packed(function: Callable, names: Sequence[str], *args) -> tuple[Tensor, ...]:
+    """A function of one direction, whose parameters have these names, for the rows of packed sequences."""
+    order = [name for name in names if name != "reverse"]
+    order.insert(order.index("reset"), "offsets")
+    given = dict(zip(order, args, strict=True))
+    offsets, lengths, rows = given.pop("offsets"), given["lengths"], given["x"].shape[0]
+    steps = torch.arange(offsets.shape[0] - 1, device=offsets.device).unsqueeze(-1)
+    exists = steps < lengths
+    at = torch.where(exists, offsets[:-1].unsqueeze(-1) + torch.arange(len(lengths), device=lengths.device), 0)
+    row = torch.arange(rows, device=offsets.device)
+    t = torch.searchsorted(offsets, row, right=True) - 1
+    b = row - offsets[t]
+    for name in _ROWS:
+        if given.get(name) is not None:
+            given[name] = _zero_unless(exists.unsqueeze(-1), given[name][..., at, :])
+    if given["reset"] is not None:
+        given["reset"] = given["reset"][at] & exists
+    results = _each_direction(function, names, given, given["h0"].shape[0])
+    if "dy" in given:
+        return results[0][t, b], *results[1:]
+    return tuple(result[:, t, b] if result.dim() == 4 else result for result in results)
+
+
+_ROWS = ("x", "dy", "y", "gates", "cells")
+_SHARED = ("x", "lengths", "reset", "save", "nonlinearity")
+
+
+def _each_direction(function: Callable, names: Sequence[str], given: dict, directions: int) -> tuple[Tensor, ...]:
+    """The results of the forward direction and, of two, the reverse one, in a first dimension."""
     ways = []
-    for direction in (0, 1):
+    for direction in range(directions):
         own = {n: v if v is None or n in _SHARED else v[direction] for n, v in given.items()}
         own |= {"reset": reset_of(given["reset"], direction), "reverse": direction == 1}
         found = function(*(own[name] for name in names))
         ways.append(found if isinstance(found, tuple) else (found,))
-    results = [torch.stack(pair) for pair in zip(*ways)]
+    results = [torch.stack(each) for each in zip(*ways)]
     if "dy" in given:
         results[0] = results[0].sum(0)  # x is one for both
     return tuple(results)
-
-
-_SHARED = ("x", "lengths", "reset", "save", "nonlinearity")
 
 
 def reset_of(reset: Tensor | None, direction: int) -> Tensor | None:
@@ -251,13 +285,17 @@ def parameters(op: str) -> tuple[str, ...]:
     return tuple(inspect.signature(globals()[op]).parameters)
 
 
-def _both(op: str) -> Callable:
-    return functools.partial(both, globals()[op], parameters(op))
+def _made(kind: Callable, cell: str) -> tuple[Callable, Callable]:
+    ops = f"{cell}_forward", f"{cell}_backward"
+    return tuple(functools.partial(kind, globals()[op], parameters(op)) for op in ops)
 
 
-lstm_both_forward, lstm_both_backward = _both("lstm_forward"), _both("lstm_backward")
-gru_both_forward, gru_both_backward = _both("gru_forward"), _both("gru_backward")
-rnn_both_forward, rnn_both_backward = _both("rnn_forward"), _both("rnn_backward")
+lstm_both_forward, lstm_both_backward = _made(both, "lstm")
+gru_both_forward, gru_both_backward = _made(both, "gru")
+rnn_both_forward, rnn_both_backward = _made(both, "rnn")
+lstm_packed_forward, lstm_packed_backward = _made(packed, "lstm")
+gru_packed_forward, gru_packed_backward = _made(packed, "gru")
+rnn_packed_forward, rnn_packed_backward = _made(packed, "rnn")
 
 
 def _steps(time: int, reverse: bool) -> range:

@@ -1,8 +1,9 @@
 """What the kernels of every cell share on the device: the two nonlinearities, masks, tiles and products.
 
 Names: ``p_`` pointers, ``i_`` program indices, ``o_`` offsets, ``m_`` masks. A *row* is one sequence at one step,
-counted as ``t * B + b``. A program's rows follow each other: ``row`` is the first of them, and as the only number of
-64 bits it is one for all threads; ``o_b`` counts on from it. Arithmetic is in float32; only loads, stores and the
+counted as ``t * B + b``, or as ``offsets[t] + b`` where rows are packed: only those that exist, a step's after those
+of the step before. A program's rows follow each other: ``row`` is the first of them, and as the only number of 64 bits
+it is one for all threads; ``o_b`` counts on from it. Arithmetic is in float32; only loads, stores and the
 operands of products have the tensors' dtype.
 """
 
@@ -131,13 +132,45 @@ def place_of(program, B, BB: tl.constexpr, DIRECTION: tl.constexpr):
 
 
 @triton.jit
-def first_row(d, local_b, T, B, backwards):
-    """The first row of the first step taken.
+def span_of(p_offsets, p_lengths, d, local_b, T, B, backwards):
+    """How many steps a program takes, what its rows count from, and the first row of the first step.
 
-    There is one: a loop over steps that might not run would have what is computed after it kept from before it.
+    There is a step: a loop over steps that might not run would have what is computed after it kept from before it.
+    Packed sequences are sorted, so that the first of a program is its longest.
     """
-    tl.assume(T > 0)
-    return local_b + d * T * B + tl.where(backwards, T - 1, 0).to(tl.int64) * B
+    if p_offsets is None:
+        tl.assume(T > 0)
+        base = local_b + d * T * B
+        return T, base, base + tl.where(backwards, T - 1, 0).to(tl.int64) * B
+    else:
+        steps, base = tl.load(p_lengths + local_b).to(tl.int32), local_b + d * tl.load(p_offsets + T)
+        tl.assume(steps > 0)
+        return steps, base, base + tl.load(p_offsets + tl.where(backwards, steps - 1, 0))
+
+
+@triton.jit
+def next_row(p_offsets, row, base, s, steps, B, backwards):
+    """The first row of the s-th step taken, from that of the one before."""
+    if p_offsets is None:
+        return row + tl.where(backwards, -B, B)
+    else:
+        return base + tl.load(p_offsets + step_index(s, steps, backwards), s < steps, other=0)
+
+
+@triton.jit
+def inside(p_offsets, m, exists):
+    """The elements of a step's rows that memory has: where rows are packed, those of rows that exist."""
+    if p_offsets is None:
+        return m
+    else:
+        return m & exists[:, None]
+
+
+@triton.jit
+def at_step(p_offsets, p_lengths, length, m_b, m, s, steps, backwards):
+    """Which sequences have the s-th step taken, and the elements of its rows; none where all steps have been taken."""
+    exists = has_step(p_lengths, length, m_b, s, steps, backwards) & (steps > s)
+    return exists, inside(p_offsets, m & (steps > s), exists)
 
 
 @triton.jit
@@ -245,10 +278,10 @@ def copy_tiles(p_from, p_to, first_b, o_b, m_b, n_first, WIDTH: tl.constexpr, PR
 
 
 @triton.jit
-def finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, P: tl.constexpr):
+def finish_state(p_offsets, p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, P: tl.constexpr):
     """A step's h into y and into the next state; where a row has no such step, 0 and the old state."""
     there, old = exists[:, None], load_float(tile_of(p_old, first_b, o_b, o_n, P), m)
-    store_as(tile_of(p_y, row, o_b, o_n, P), tl.where(there, h_next, 0.0), m)
+    store_as(tile_of(p_y, row, o_b, o_n, P), tl.where(there, h_next, 0.0), inside(p_offsets, m, exists))
     store_as(tile_of(p_new, first_b, o_b, o_n, P), tl.where(there, h_next, old), m)
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from . import launch, tuning
 from .cell_math import (
     add_back,
+    at_step,
     copy_tiles,
     counted,
     finish_state,
-    first_row,
     has_step,
     input_rows,
+    inside,
     is_first,
     load_bias,
     load_float,
@@ -30,8 +31,10 @@ from .cell_math import (
     load_shared,
     load_weight,
     meet,
+    next_row,
     place_of,
     sigmoid,
+    span_of,
     step_index,
     store_as,
     store_gates,
@@ -94,8 +97,8 @@ def add_products(
 
 @triton.jit(**launch.SEQUENCE)
 def resident_forward_kernel(
-    p_gx, p_h0, p_w, p_b, p_lengths, p_reset, p_y, p_hn, p_gates, T, B, H: tl.constexpr, DIRECTION: tl.constexpr,
-    BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    p_gx, p_h0, p_w, p_b, p_lengths, p_offsets, p_reset, p_y, p_hn, p_gates, T, B, H: tl.constexpr,
+    DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
 
@@ -110,30 +113,33 @@ def resident_forward_kernel(
     w_n = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, 1, H)
     b_r, b_z, b_n = load_biases(p_b, d * 3 * H + o_h, o_h < H, H)
     h, length = load_float(tile_of(p_h0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, local_b, o_b, m_b, T)
-    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
-    h = unless(load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, reverse)), h)
-    x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_h, 3 * H), m, H)
-    for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, reverse)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, reverse)
+    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, reverse)
+    h = unless(load_fresh(p_reset, row, o_b, exists), h)
+    x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_h, 3 * H), there, H)
+    for s in range(steps):
+        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, reverse)
         a_r, a_z, a_n = x_r.to(tl.float32) + b_r, x_z.to(tl.float32) + b_z, x_n.to(tl.float32)
         # Of the next step, early.
-        fresh = load_fresh(p_reset, row + move, o_b, has_step(p_lengths, length, m_b, s + 1, T, reverse) & (T > s + 1))
-        x_r, x_z, x_n = load_input(tile_of(p_gx, row + move, o_b, o_h, 3 * H), m & (T > s + 1), H)
+        row_next = next_row(p_offsets, row, base, s + 1, steps, B, reverse)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, reverse)
+        fresh = load_fresh(p_reset, row_next, o_b, follows)
+        x_r, x_z, x_n = load_input(tile_of(p_gx, row_next, o_b, o_h, 3 * H), m_next, H)
         operand, q = h.to(w_r.dtype), tl.zeros((BB, BH), tl.float32) + b_n
         a_r = tl.dot(operand, w_r, a_r, input_precision=PRECISION)
         a_z = tl.dot(operand, w_z, a_z, input_precision=PRECISION)
         q = tl.dot(operand, w_n, q, input_precision=PRECISION)
         r, z, n, h_next = cell(a_r, a_z, a_n, q, h)
-        store_as(tile_of(p_y, row, o_b, o_h, H), tl.where(exists[:, None], h_next, 0.0), m)
-        keep_step(p_gates, row, o_b, o_h, m, exists, r, z, n, q, H)
+        store_as(tile_of(p_y, row, o_b, o_h, H), tl.where(exists[:, None], h_next, 0.0), there)
+        keep_step(p_gates, row, o_b, o_h, there, exists, r, z, n, q, H)
         h = unless(fresh, tl.where(exists[:, None], h_next, h))
-        row += move
+        row = row_next
     store_as(tile_of(p_hn, first_b, o_b, o_h, H), h, m)
 
 
 @triton.jit(**launch.SEQUENCE)
 def tiled_forward_kernel(
-    p_gx, p_h0, p_w, p_b, p_lengths, p_reset, p_y, p_hn, p_gates, p_ring, p_h, p_turn, T, B, H: tl.constexpr,
+    p_gx, p_h0, p_w, p_b, p_lengths, p_offsets, p_reset, p_y, p_hn, p_gates, p_ring, p_h, p_turn, T, B, H: tl.constexpr,
     DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -151,16 +157,17 @@ def tiled_forward_kernel(
     copy_tiles(p_h0, p_ring, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     copy_tiles(p_h0, p_h, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, reverse)
     half = (2 if DIRECTION == "both" else 1) * B.to(tl.int64) * H
-    for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, reverse)
+    for s in range(steps):
+        exists = has_step(p_lengths, length, m_b, s, steps, reverse)
         m_from = exists & ~load_fresh(p_reset, row, o_b, exists)
         p_old, p_new = p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for i_n in range(n_first, H, PROGRAMS * BN):
             o_n = i_n + tl.arange(0, BN)
             m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_h, first_b, o_b, o_n, H)
-            x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_n, 3 * H), m, H)
+            there = inside(p_offsets, m, exists)
+            x_r, x_z, x_n = load_input(tile_of(p_gx, row, o_b, o_n, 3 * H), there, H)
             b_r, b_z, b_n = load_biases(p_b, d * 3 * H + o_n, o_n < H, H)
             h = load_float(p_state, m)
             a_r, a_z, q = x_r.to(tl.float32) + b_r, x_z.to(tl.float32) + b_z, tl.zeros((BB, BN), tl.float32) + b_n
@@ -168,10 +175,10 @@ def tiled_forward_kernel(
                 a_r, a_z, q, p_old + first_b * H, o_b * H, m_from, H, p_w, o_n, H, BK, PRECISION
             )
             r, z, n, h_next = cell(a_r, a_z, x_n.to(tl.float32), q, tl.where(m_from[:, None], h, 0.0))
-            keep_step(p_gates, row, o_b, o_n, m, exists, r, z, n, q, H)
+            keep_step(p_gates, row, o_b, o_n, there, exists, r, z, n, q, H)
             tl.store(p_state, h_next, m & exists[:, None])
-            finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, H)
-        row += move
+            finish_state(p_offsets, p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, H)
+        row = next_row(p_offsets, row, base, s + 1, steps, B, reverse)
         meet(turn, PROGRAMS * (s + 2), PROGRAMS)
     copy_tiles(p_h, p_hn, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
@@ -222,7 +229,7 @@ def store_gradients(p_dgh, p_dn, row, o_b, o_n, m, da_r, da_z, dq, dn, H: tl.con
 
 @triton.jit(**launch.SEQUENCE)
 def resident_backward_kernel(
-    p_dy, p_dhn, p_h0, p_w, p_lengths, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, T, B, H: tl.constexpr,
+    p_dy, p_dhn, p_h0, p_w, p_lengths, p_offsets, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, T, B, H: tl.constexpr,
     DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
@@ -239,38 +246,43 @@ def resident_backward_kernel(
     dh, h0 = load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m), load_float(tile_of(p_h0, first_b, o_b, o_h, H), m)
     length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     against = reverse == 0
-    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
-    fresh_next = load_fresh(p_reset, row, o_b, m_b)
-    r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), m, H)
-    dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), m, other=0.0)
-    before = tl.load(tile_of(p_y, row + move, o_b, o_h, H), m & (T > 1), other=0.0)
-    for s in range(T):
-        t, fresh = step_index(s, T, against), fresh_next
-        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
+    row_next = next_row(p_offsets, row, base, 1, steps, B, against)
+    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
+    follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, 1, steps, against)
+    fresh_next = load_fresh(p_reset, row, o_b, exists)
+    r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), there, H)
+    dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), there, other=0.0)
+    before = tl.load(tile_of(p_y, row_next, o_b, o_h, H), m_next, other=0.0)
+    for s in range(steps):
+        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, against)
+        first, fresh = is_first(step_index(s, steps, against), length, reverse), fresh_next
         h_prev = unless(fresh, tl.where(first[:, None], h0, before.to(tl.float32)))
         da_r, da_z, dq, dn, direct = cell_gradient(
             tl.where(exists[:, None], dh + dy.to(tl.float32), 0.0), r.to(tl.float32), z.to(tl.float32),
             n.to(tl.float32), q.to(tl.float32), h_prev,
         )  # fmt: skip
-        row_next, m_next = row + move, T > s + 1
-        fresh_next = load_fresh(p_reset, row_next, o_b, m_b & m_next)  # of the next step, early
-        r, z, n, q = load_gates(tile_of(p_gates, row_next, o_b, o_h, 4 * H), m & m_next, H)
-        dy = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m & m_next, other=0.0)
-        before = tl.load(tile_of(p_y, row_next + move, o_b, o_h, H), m & (T > s + 2), other=0.0)
-        store_gradients(p_dgh, p_dn, row, o_b, o_h, m, da_r, da_z, dq, dn, H)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
+        fresh_next = load_fresh(p_reset, row_next, o_b, follows)  # of the next step, early
+        r, z, n, q = load_gates(tile_of(p_gates, row_next, o_b, o_h, 4 * H), m_next, H)
+        dy = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m_next, other=0.0)
+        row_after = next_row(p_offsets, row_next, base, s + 2, steps, B, against)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 2, steps, against)
+        before = tl.load(tile_of(p_y, row_after, o_b, o_h, H), m_next, other=0.0)
+        store_gradients(p_dgh, p_dn, row, o_b, o_h, there, da_r, da_z, dq, dn, H)
         back = tl.dot(unless(fresh, da_r).to(w_r.dtype), w_r, unless(fresh, direct), input_precision=PRECISION)
         back = tl.dot(unless(fresh, da_z).to(w_r.dtype), w_z, back, input_precision=PRECISION)
         back = tl.dot(unless(fresh, dq).to(w_r.dtype), w_n, back, input_precision=PRECISION)
         dh = tl.where(exists[:, None], back, dh)
-        row = row_next
+        row, row_next = row_next, row_after
     store_as(tile_of(p_dh0, first_b, o_b, o_h, H), dh, m)
 
 
 @triton.jit(**launch.SEQUENCE)
 def tiled_backward_kernel(
-    p_dy, p_dhn, p_h0, p_w, p_lengths, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, p_dh, p_turn, T, B, H: tl.constexpr,
-    DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_dy, p_dhn, p_h0, p_w, p_lengths, p_offsets, p_reset, p_y, p_gates, p_dgh, p_dn, p_dh0, p_dh, p_turn, T, B,
+    H: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch, by a group of PROGRAMS programs.
 
@@ -284,51 +296,53 @@ def tiled_backward_kernel(
     copy_tiles(p_dhn, p_dh, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
     against = reverse == 0
-    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
-    for s in range(T):
-        t, fresh = step_index(s, T, against), load_fresh(p_reset, row, o_b, m_b)
-        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
+    for s in range(steps):
+        exists = has_step(p_lengths, length, m_b, s, steps, against)
+        first, fresh = is_first(step_index(s, steps, against), length, reverse), load_fresh(p_reset, row, o_b, exists)
+        row_next = next_row(p_offsets, row, base, s + 1, steps, B, against)
         for i_n in range(n_first, H, PROGRAMS * BN):
             o_n = i_n + tl.arange(0, BN)
             m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_dh, first_b, o_b, o_n, H)
-            r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_n, 4 * H), m, H)
-            h_prev = load_previous(p_y, p_h0, row + move, first_b, o_b, o_n, first, exists, o_n < H, H)
-            dh = load_float(p_state, m) + load_float(tile_of(p_dy, row, o_b, o_n, H), m)
+            there = inside(p_offsets, m, exists)
+            r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_n, 4 * H), there, H)
+            h_prev = load_previous(p_y, p_h0, row_next, first_b, o_b, o_n, first, exists, o_n < H, H)
+            dh = load_float(p_state, m) + load_float(tile_of(p_dy, row, o_b, o_n, H), there)
             da_r, da_z, dq, dn, direct = cell_gradient(
                 tl.where(exists[:, None], dh, 0.0), r.to(tl.float32), z.to(tl.float32), n.to(tl.float32),
                 q.to(tl.float32), unless(fresh, h_prev.to(tl.float32)),
             )  # fmt: skip
-            store_gradients(p_dgh, p_dn, row, o_b, o_n, m, da_r, da_z, dq, dn, H)
+            store_gradients(p_dgh, p_dn, row, o_b, o_n, there, da_r, da_z, dq, dn, H)
             tl.store(p_state, direct, m & exists[:, None])
         meet(turn, PROGRAMS * (s + 1), PROGRAMS)
         add_back(p_dgh, p_dh, p_w, row, first_b, o_b, exists, fresh, n_first, 3 * H, H, True, PROGRAMS, BN, BK,
                  PRECISION)  # fmt: skip
-        row += move
+        row = row_next
     copy_tiles(p_dh, p_dh0, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
 
 def gru_forward(
     x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    lengths: Tensor | None, reset: Tensor | None, reverse: bool, save: bool,
+    lengths: Tensor | None, reset: Tensor | None, reverse: bool, save: bool, offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.gru_forward`."""
     time, batch, inputs, hidden = launch.check_shapes("gru", locals())
     ways, (hn,) = h0.shape[:-2], launch.like(h0)
-    y = x.new_empty(*ways, time, batch, hidden)
-    gates = x.new_empty(*ways, time, batch, 4 * hidden) if save else None
-    h0, w_hh, b_hh, lengths, reset = launch.contiguous(h0, w_hh, b_hh, lengths, launch.flag(reset))
-    results, sizes = (y, hn, gates), dict(H=hidden, PRECISION=launch.precision(x))
+    y = x.new_empty(*ways, *x.shape[:2], hidden)
+    gates = x.new_empty(*ways, *x.shape[:2], 4 * hidden) if save else None
+    h0, w_hh, b_hh, lengths, offsets = launch.contiguous(h0, w_hh, b_hh, lengths, offsets)
+    fresh, results, sizes = launch.flag(reset), (y, hn, gates), dict(H=hidden, PRECISION=launch.precision(x))
     if time == 0:
         hn.copy_(h0)
     elif time == 1 and not ways:
         x, w_ih, b_ih = launch.contiguous(x, w_ih, b_ih)
         plan = tuning.step("gru", hidden, batch, x.dtype)
-        args = (x, None, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, *results, batch, inputs)
+        args = (x, None, h0, w_ih, w_hh, b_ih, b_hh, lengths, fresh, *results, batch, inputs)
         launch.run(step_kernel, plan, *args, **sizes)
     else:
         gx, sizes["DIRECTION"] = launch.input_part(x, w_ih, b_ih), launch.direction_of(h0, reverse)
         plan = launch.sequence_plan("gru", "forward", x, h0, hidden)
-        args = (gx, h0, w_hh, b_hh, lengths, reset, *results)
+        args = (gx, h0, w_hh, b_hh, lengths, offsets, fresh, *results)
         if plan.resident:
             launch.run(resident_forward_kernel, plan, *args, time, batch, **sizes)
         else:
@@ -340,15 +354,16 @@ def gru_forward(
 def gru_backward(
     dy: Tensor, dhn: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
     b_hh: Tensor | None, lengths: Tensor | None, reset: Tensor | None, reverse: bool, y: Tensor, gates: Tensor,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.gru_backward`."""
     time, batch, inputs, hidden = launch.check_shapes("gru", locals())
     ways, (dn, dh0) = h0.shape[:-2], launch.like(y, h0)
-    dgh = x.new_empty(*ways, time, batch, 3 * hidden)
-    dy, dhn, h, w, length, fresh, y, gates = launch.contiguous(dy, dhn, h0, w_hh, lengths, launch.flag(reset), y, gates)
+    dgh, fresh = x.new_empty(*ways, *x.shape[:2], 3 * hidden), launch.flag(reset)
+    dy, dhn, h, w, length, place, y, gates = launch.contiguous(dy, dhn, h0, w_hh, lengths, offsets, y, gates)
     plan = launch.sequence_plan("gru", "backward", x, h0, hidden)
     sizes = dict(H=hidden, DIRECTION=launch.direction_of(h0, reverse), PRECISION=launch.precision(x))
-    args = (dy, dhn, h, w, length, fresh, y, gates, dgh, dn, dh0)
+    args = (dy, dhn, h, w, length, place, fresh, y, gates, dgh, dn, dh0)
     if time == 0:
         dh0.copy_(dhn)
     elif plan.resident:
@@ -359,16 +374,12 @@ def gru_backward(
     cut, none = 2 * hidden, x.new_empty(*ways, 0)
     da = dgh[..., :cut]  # what r and z get from the input, as dn is what n gets
     dx = launch.input_gradient(x, (da, w_ih[..., :cut, :]), (dn, w_ih[..., cut:, :]))
-    dw_ih = torch.cat((launch.weight_gradient(da, x, lengths), launch.weight_gradient(dn, x, lengths)), -2)
-    dw_hh = launch.weight_gradient(dgh, launch.previous(y, h0, lengths, reset, reverse))
+    dw_ih = torch.cat([launch.weight_gradient(part, x, lengths, offsets) for part in (da, dn)], -2)
+    dw_hh = launch.weight_gradient(dgh, launch.previous(y, h0, lengths, reset, reverse, offsets))
     sums = none if b_ih is None and b_hh is None else dgh.sum((-3, -2))
     db_ih = none if b_ih is None else torch.cat((sums[..., :cut], dn.sum((-3, -2))), -1)
     return dx, dh0, dw_ih, dw_hh, db_ih, none if b_hh is None else sums
 
 
 gru_both_forward, gru_both_backward = launch.both(gru_forward), launch.both(gru_backward)
-
-
-def variants() -> list[launch.Variant]:
-    """The kernels with the arguments that they are launched with, for a check that they compile."""
-    return launch.variants_of("gru", globals())
+gru_packed_forward, gru_packed_backward = launch.packed(gru_forward), launch.packed(gru_backward)

@@ -40,6 +40,8 @@ class Variant(NamedTuple):
 def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
     """``(T, B, I, H)`` of the arguments of a cell's op, by name; all but x and the lengths may have two directions.
 
+    With offsets, packed rows stand where all steps stand otherwise: x is (1, N, I), and so are y and what is kept.
+
     Raises:
         RuntimeError: a shape, dtype or device does not go with the others; kernels would read beyond it.
     """
@@ -49,24 +51,27 @@ def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
     if x.dim() != 3 or h0.dim() < 2 or ways not in ((), (2,)):
         needed = "(B, H), or (2, B, H) for both directions"
         raise RuntimeError(f"{op}: x must be (T, B, I) and h0 {needed}, got {tuple(x.shape)} and {tuple(h0.shape)}")
-    (time, batch, inputs), width = x.shape, h0.shape[-1]
+    (batch, width), inputs, rows = h0.shape[-2:], x.shape[-1], tuple(x.shape[:2])
+    time = rows[0] if given.get("offsets") is None else given["offsets"].numel() - 1
+    if given.get("offsets") is None and rows[1] != batch:
+        raise RuntimeError(f"{op}: h0 must have the B={rows[1]} sequences of x, got {tuple(h0.shape)}")
     hidden = given["c0"].shape[-1] if cell == "lstm" else width
-    rows, kept = GATES[cell] * hidden, 4 * hidden
+    units, kept = GATES[cell] * hidden, 4 * hidden
     shapes = dict(
-        h0=(batch, width), c0=(batch, hidden), w_ih=(rows, inputs), w_hh=(rows, width), b_ih=(rows,), b_hh=(rows,),
-        w_hr=(width, hidden), lengths=(batch,), reset=(time, batch), y=(time, batch, width), dy=(time, batch, width),
-        dhn=(batch, width), dcn=(batch, hidden), gates=(time, batch, kept), cells=(time, batch, hidden),
+        h0=(batch, width), c0=(batch, hidden), w_ih=(units, inputs), w_hh=(units, width), b_ih=(units,), b_hh=(units,),
+        w_hr=(width, hidden), lengths=(batch,), offsets=(time + 1,), reset=rows, y=(*rows, width), dy=(*rows, width),
+        dhn=(batch, width), dcn=(batch, hidden), gates=(*rows, kept), cells=(*rows, hidden),
     )  # fmt: skip
     for name, shape in shapes.items():
         tensor = given.get(name)
         if tensor is None:
             continue
-        shape = shape if name == "lengths" else (*ways, *shape)
+        shape = shape if name in ("lengths", "offsets") else (*ways, *shape)
         if tuple(tensor.shape) != shape:
             raise RuntimeError(
                 f"{op}: {name} must be {shape} for T={time} B={batch} I={inputs} H={hidden}, got {tuple(tensor.shape)}"
             )
-        dtype = {"lengths": torch.int64, "reset": torch.bool}.get(name, x.dtype)
+        dtype = {"lengths": torch.int64, "offsets": torch.int64, "reset": torch.bool}.get(name, x.dtype)
         if tensor.dtype != dtype or tensor.device != x.device:
             raise RuntimeError(f"{op}: {name} must be {dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
     if width != hidden and given.get("w_hr") is None:
@@ -151,9 +156,52 @@ def both(function: Callable) -> Callable:
     return run
 
 
+def packed(function: Callable) -> Callable:
+    """The op over packed rows, from the one for one direction that also takes them and two directions."""
+    names = [name for name in inspect.signature(function).parameters if name not in ("reverse", "offsets")]
+    names.insert(names.index("reset"), "offsets")
+
+    @functools.wraps(function)
+    def run(*args):
+        given = dict(zip(names, args, strict=True))
+        alone, offsets, lengths = given["h0"].shape[0] == 1, given["offsets"], given["lengths"]
+        for name, value in given.items():
+            if value is None or name in ("lengths", "offsets", "save", "nonlinearity"):
+                continue
+            if name in ("dy", "y", "gates", "cells"):
+                given[name] = value if alone else value.unsqueeze(1)
+            elif name not in ("x", "reset"):
+                given[name] = value.squeeze(0) if alone else value
+        reset = given["reset"]
+        if reset is not None and not alone:
+            t, b = _places(offsets, reset.shape[0])
+            last = t + 1 == lengths[b]
+            reset = torch.stack((reset, reset[torch.where(last, 0, offsets[t + 1] + b)] & ~last)).unsqueeze(1)
+        elif reset is not None:
+            reset = reset.unsqueeze(0)
+        results = list(function(**given | {"x": given["x"].unsqueeze(0), "reset": reset, "reverse": False}))
+        if "dy" in given:
+            results[0] = results[0].squeeze(0)
+        for i, result in list(enumerate(results))["dy" in given :]:
+            if alone:
+                results[i] = result if result.dim() == 3 else result.unsqueeze(0)
+            else:
+                results[i] = result.squeeze(1) if result.dim() == 4 else result
+        return tuple(results)
+
+    return run
+
+
+def _places(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The step and the sequence of each packed row."""
+    row = torch.arange(rows, device=offsets.device)
+    t = torch.searchsorted(offsets, row, right=True) - 1
+    return t, row - offsets[t]
+
+
 def sequence_plan(cell: str, way: str, x: Tensor, h0: Tensor, hidden: int, projection: bool = False) -> tuning.Plan:
     """The plan of a whole sequence for arguments of one direction or of two."""
-    sizes = (hidden, x.shape[1], x.dtype, processors(x), projection)
+    sizes = (hidden, h0.shape[-2], x.dtype, processors(x), projection)
     return tuning.sequence(cell, way, *sizes, directions=h0.dim() - 1)
 
 
@@ -176,24 +224,33 @@ def input_gradient(x: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
     return dx.view(x.shape)
 
 
-def weight_gradient(left: Tensor, right: Tensor, lengths: Tensor | None = None) -> Tensor:
+def weight_gradient(
+    left: Tensor, right: Tensor, lengths: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
     """Sum of the outer products over time and batch, ``(T,B,M), (T,B,N) -> (M,N)``, as one product a direction.
 
-    With ``lengths``, what ``right`` holds beyond them does not count, not even a NaN.
+    With ``lengths``, what ``right`` holds beyond them does not count, not even a NaN; packed rows have nothing there.
     """
-    if lengths is not None:
+    if lengths is not None and offsets is None:
         beyond = torch.arange(right.shape[-3], device=right.device).unsqueeze(-1) >= lengths
         right = right.masked_fill(beyond.unsqueeze(-1), 0)
     return left.flatten(-3, -2).mT @ right.flatten(-3, -2)
 
 
-def previous(y: Tensor, first: Tensor, lengths: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+def previous(
+    y: Tensor, first: Tensor, lengths: Tensor | None, reset: Tensor | None, reverse: bool,
+    offsets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The state ``(T, B, .)`` that each step started from, of every step's result and the initial state."""
     if first.dim() == 3:
         resets = (None, None) if reset is None else reset
-        return torch.stack([previous(y[d], first[d], lengths, resets[d], d == 1) for d in (0, 1)])
+        return torch.stack([previous(y[d], first[d], lengths, resets[d], d == 1, offsets) for d in (0, 1)])
     start = first.unsqueeze(0)
-    if not reverse:
+    if offsets is not None:
+        (t, b), rows = _places(offsets, y.shape[1]), y.shape[1]
+        is_first, t_before = (t + 1 == lengths[b], t + 1) if reverse else (t == 0, t - 1)
+        before = torch.cat((y, start), 1)[:, torch.where(is_first, rows + b, offsets[t_before] + b)]
+    elif not reverse:
         before = torch.cat((start, y[:-1]))[: y.shape[0]]
     else:
         before = torch.cat((y[1:], start))[: y.shape[0]]
@@ -204,50 +261,18 @@ def previous(y: Tensor, first: Tensor, lengths: Tensor | None, reset: Tensor | N
 
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_INTEGERS = {"p_lengths": "*i64", "p_reset": "*u8", "p_turn": "*i32", "T": "i32", "B": "i32", "I": "i32"}
+_INTEGERS = {"p_lengths": "*i64", "p_offsets": "*i64", "p_reset": "*u8", "p_turn": "*i32"}
+_INTEGERS |= dict.fromkeys(("T", "B", "I"), "i32")
 _SCRATCH = ("p_dh", "p_c", "p_dc", "p_h")  # float32 whatever the dtype
 
 
-def variants_of(cell: str, names: dict[str, Any], **constants) -> list[Variant]:
-    """A cell's kernels, which are among `names`, as calls compile them: each dtype, each form and its extremes.
-
-    Of the resident form that is the widest block, where registers are scarcest, at a width of whole vectors and one of
-    none, and half of it, which takes fewer warps; of the tiled form a group of programs, and the tallest blocks.
-    """
-    found = []
-
-    def add(form: str, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, **others) -> None:
-        size = f"{hidden}to{others['P']}" if "P" in others else str(hidden)
-        title = f"{cell}/{form}/{TYPES[dtype]}/{size}{'/masked' * given}"
-        title += "" if others.get("DIRECTION", "forward") == "forward" else f"/{others['DIRECTION']}"
-        kernel = names[f"{form}_kernel"]
-        found.append(variant(title, kernel, plan, dtype, hidden, given, constants | others))
-
-    for dtype in TYPES:
-        wide = tuning.widest(cell, dtype)
-        cases = [(wide, 64, False, "forward"), (512, 16, False, "forward")]
-        if dtype != torch.float16:  # compiled as bfloat16 is
-            cases += [(wide, 64, True, "both"), (wide - 7, 64, True, "reverse"), (wide // 2 - 7, 64, True, "forward")]
-            cases += [(300, 10_000, True, "both")]
-        for hidden, batch, given, direction in cases:
-            for way in ("forward", "backward"):
-                plan = tuning.sequence(cell, way, hidden, batch, dtype, 132, directions=1 + (direction == "both"))
-                form = f"{'resident' if plan.resident else 'tiled'}_{way}"
-                add(form, plan, dtype, hidden, given, DIRECTION=direction)
-        for hidden, batch, given in ((20, 3, True), (512, 64, False)):
-            if given or dtype != torch.float16:
-                add("step", tuning.step(cell, hidden, batch, dtype), dtype, hidden, given)
-        for way in ("forward", "backward") if cell == "lstm" and dtype != torch.float16 else ():
-            plan = tuning.sequence(cell, way, 20, 3, dtype, 132, projection=True, directions=2)
-            add(f"tiled_{way}", plan, dtype, 20, True, P=10, DIRECTION="both")
-    return found
-
-
 def variant(
-    name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, constants: dict[str, object]
-) -> Variant:
+    name: str, kernel, plan: tuning.Plan, dtype: torch.dtype, hidden: int, given: bool, constants: dict[str, object],
+    packed: bool = False,
+) -> Variant:  # fmt: skip
     """A kernel for a width; lengths and a reset mask are there if ``given``, a projection where P is not H."""
     short, aligned, absent = TYPES[dtype], [], () if given else ("p_lengths", "p_reset")
+    absent += () if packed else ("p_offsets",)
     known = plan.blocks | dict(H=hidden, P=hidden, DIRECTION="forward", p_ids=None) | constants
     known["PRECISION"] = "tf32x3" if dtype == torch.float32 else "ieee"
     anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}

@@ -16,11 +16,12 @@ from .cell_math import (
     add_back,
     add_four_products,
     add_product,
+    at_step,
     copy_tiles,
     finish_state,
-    first_row,
     has_step,
     input_rows,
+    inside,
     is_first,
     load_bias,
     load_float,
@@ -30,8 +31,10 @@ from .cell_math import (
     load_previous,
     load_weight,
     meet,
+    next_row,
     place_of,
     sigmoid,
+    span_of,
     step_index,
     store_as,
     store_gates,
@@ -70,15 +73,14 @@ def keep_step(p_gates, p_cells, row, o_b, o_n, m, exists, i, f, g, o, c, H: tl.c
 
 @triton.jit
 def add_bias(p_b, o_n, m_n, a_i, a_f, a_g, a_o, H: tl.constexpr):
-    """The pre-activations in float32 with a bias added."""
-    b_i, b_f, b_g = load_bias(p_b, o_n, m_n), load_bias(p_b, H + o_n, m_n), load_bias(p_b, 2 * H + o_n, m_n)
-    b_o = load_bias(p_b, 3 * H + o_n, m_n)
-    return a_i.to(tl.float32) + b_i, a_f.to(tl.float32) + b_f, a_g.to(tl.float32) + b_g, a_o.to(tl.float32) + b_o
+    """The pre-activations with a bias added."""
+    a_i, a_f = a_i + load_bias(p_b, o_n, m_n), a_f + load_bias(p_b, H + o_n, m_n)
+    return a_i, a_f, a_g + load_bias(p_b, 2 * H + o_n, m_n), a_o + load_bias(p_b, 3 * H + o_n, m_n)
 
 
 @triton.jit(**launch.SEQUENCE)
 def resident_forward_kernel(
-    p_gx, p_h0, p_c0, p_w, p_lengths, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, T, B, H: tl.constexpr,
+    p_gx, p_h0, p_c0, p_w, p_lengths, p_offsets, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, T, B, H: tl.constexpr,
     DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
@@ -94,35 +96,38 @@ def resident_forward_kernel(
     w_g, w_o = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, 1, H), load_weight(p_w + 3 * H * H, o_h, o_h, H, H, 1, H)
     h, c = load_float(tile_of(p_h0, first_b, o_b, o_h, H), m), load_float(tile_of(p_c0, first_b, o_b, o_h, H), m)
     length = load_lengths(p_lengths, local_b, o_b, m_b, T)
-    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
-    fresh = load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, reverse))
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, reverse)
+    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, reverse)
+    fresh = load_fresh(p_reset, row, o_b, exists)
     h, c = unless(fresh, h), unless(fresh, c)
-    x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row, o_b, o_h, 4 * H), m, H)
-    for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, reverse)
+    x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row, o_b, o_h, 4 * H), there, H)
+    for s in range(steps):
+        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, reverse)
         a_i, a_f, a_g, a_o = x_i.to(tl.float32), x_f.to(tl.float32), x_g.to(tl.float32), x_o.to(tl.float32)
         # Of the next step, early.
-        fresh = load_fresh(p_reset, row + move, o_b, has_step(p_lengths, length, m_b, s + 1, T, reverse) & (T > s + 1))
-        x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row + move, o_b, o_h, 4 * H), m & (T > s + 1), H)
+        row_next = next_row(p_offsets, row, base, s + 1, steps, B, reverse)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, reverse)
+        fresh = load_fresh(p_reset, row_next, o_b, follows)
+        x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row_next, o_b, o_h, 4 * H), m_next, H)
         from_h = h.to(w_i.dtype)
         a_i = tl.dot(from_h, w_i, a_i, input_precision=PRECISION)
         a_f = tl.dot(from_h, w_f, a_f, input_precision=PRECISION)
         a_g = tl.dot(from_h, w_g, a_g, input_precision=PRECISION)
         a_o = tl.dot(from_h, w_o, a_o, input_precision=PRECISION)
         i, f, g, o, c_next, h_next = cell(a_i, a_f, a_g, a_o, c)
-        store_as(tile_of(p_y, row, o_b, o_h, H), tl.where(exists[:, None], h_next, 0.0), m)
-        keep_step(p_gates, p_cells, row, o_b, o_h, m, exists, i, f, g, o, c_next, H)
+        store_as(tile_of(p_y, row, o_b, o_h, H), tl.where(exists[:, None], h_next, 0.0), there)
+        keep_step(p_gates, p_cells, row, o_b, o_h, there, exists, i, f, g, o, c_next, H)
         h = unless(fresh, tl.where(exists[:, None], h_next, h))
         c = unless(fresh, tl.where(exists[:, None], c_next, c))
-        row += move
+        row = row_next
     store_as(tile_of(p_hn, first_b, o_b, o_h, H), h, m)
     store_as(tile_of(p_cn, first_b, o_b, o_h, H), c, m)
 
 
 @triton.jit(**launch.SEQUENCE)
 def tiled_forward_kernel(
-    p_gx, p_h0, p_c0, p_w, p_wr, p_lengths, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, p_ring, p_c, p_m, p_turn,
-    T, B, H: tl.constexpr, P: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr,
+    p_gx, p_h0, p_c0, p_w, p_wr, p_lengths, p_offsets, p_reset, p_y, p_hn, p_cn, p_gates, p_cells, p_ring, p_c, p_m,
+    p_turn, T, B, H: tl.constexpr, P: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch, by a group of PROGRAMS programs.
@@ -139,26 +144,26 @@ def tiled_forward_kernel(
     copy_tiles(p_h0, p_ring, first_b, o_b, m_b, n_first, P, PROGRAMS, BN)
     copy_tiles(p_c0, p_c, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, reverse)
     half = (2 if DIRECTION == "both" else 1) * B.to(tl.int64) * P
-    for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, reverse)
+    for s in range(steps):
+        exists = has_step(p_lengths, length, m_b, s, steps, reverse)
         m_from = exists & ~load_fresh(p_reset, row, o_b, exists)
         p_old, p_new = p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
             m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_c, first_b, o_b, o_n, H)
-            x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row, o_b, o_n, 4 * H), m, H)
+            there = inside(p_offsets, m, exists)
+            x_i, x_f, x_g, x_o = load_gates(tile_of(p_gx, row, o_b, o_n, 4 * H), there, H)
             a_i, a_f, a_g, a_o = x_i.to(tl.float32), x_f.to(tl.float32), x_g.to(tl.float32), x_o.to(tl.float32)
             c = load_float(p_state, m)
-            a_i, a_f, a_g, a_o = add_four_products(
-                a_i, a_f, a_g, a_o, p_old + first_b * P, o_b * P, m_from, P, p_w, o_n, H, BK, PRECISION
-            )
+            a_i, a_f, a_g, a_o = add_four_products(a_i, a_f, a_g, a_o, p_old + first_b * P, o_b * P, m_from, P, p_w,
+                                                   o_n, H, BK, PRECISION)  # fmt: skip
             i, f, g, o, c_next, m_next = cell(a_i, a_f, a_g, a_o, tl.where(m_from[:, None], c, 0.0))
-            keep_step(p_gates, p_cells, row, o_b, o_n, m, exists, i, f, g, o, c_next, H)
+            keep_step(p_gates, p_cells, row, o_b, o_n, there, exists, i, f, g, o, c_next, H)
             tl.store(p_state, c_next, m & exists[:, None])
             if p_wr is None:
-                finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, m_next, P)
+                finish_state(p_offsets, p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, m_next, P)
             else:
                 store_as(tile_of(p_m, first_b, o_b, o_n, H), m_next, m)
         meet(turn, PROGRAMS * (MEETINGS * s + 2), PROGRAMS)
@@ -166,13 +171,12 @@ def tiled_forward_kernel(
             for n in range(n_first, P, PROGRAMS * BN):
                 o_n = n + tl.arange(0, BN)
                 h_next, m = tl.zeros((BB, BN), tl.float32), m_b[:, None] & (o_n < P)[None, :]
-                h_next = add_product(
-                    h_next, p_m + first_b * H, o_b * H, exists, H, p_wr + d * P * H, o_n, P, 1, H, BK, PRECISION
-                )
-                finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, P)
+                h_next = add_product(h_next, p_m + first_b * H, o_b * H, exists, H, p_wr + d * P * H, o_n, P, 1, H, BK,
+                                     PRECISION)  # fmt: skip
+                finish_state(p_offsets, p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, h_next, P)
             meet(turn, PROGRAMS * (2 * s + 3), PROGRAMS)
-        row += move
-    copy_tiles(p_ring + T % 2 * half, p_hn, first_b, o_b, m_b, n_first, P, PROGRAMS, BN)
+        row = next_row(p_offsets, row, base, s + 1, steps, B, reverse)
+    copy_tiles(p_ring + steps % 2 * half, p_hn, first_b, o_b, m_b, n_first, P, PROGRAMS, BN)
     copy_tiles(p_c, p_cn, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
 
@@ -198,12 +202,10 @@ def step_kernel(
         x_i, x_f, x_g, x_o = load_gates(tile_of(p_x, 0, row_x, o_n, 4 * H), m, H)
         a_i, a_f, a_g, a_o = a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o
     else:
-        a_i, a_f, a_g, a_o = add_four_products(
-            a_i, a_f, a_g, a_o, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, BK, PRECISION
-        )
-    a_i, a_f, a_g, a_o = add_four_products(
-        a_i, a_f, a_g, a_o, p_h0 + first_b * H, o_b * H, m_from, H, p_w_hh, o_n, H, BK, PRECISION
-    )
+        a_i, a_f, a_g, a_o = add_four_products(a_i, a_f, a_g, a_o, p_x, row_x * I, m_b, I, p_w_ih, o_n, H, BK,
+                                               PRECISION)  # fmt: skip
+    a_i, a_f, a_g, a_o = add_four_products(a_i, a_f, a_g, a_o, p_h0 + first_b * H, o_b * H, m_from, H, p_w_hh, o_n, H,
+                                           BK, PRECISION)  # fmt: skip
     c, there = load_float(tile_of(p_c0, first_b, o_b, o_n, H), m), exists[:, None]
     i, f, g, o, c_next, h_next = cell(a_i, a_f, a_g, a_o, tl.where(m_from[:, None], c, 0.0))
     keep_step(p_gates, p_cells, first_b, o_b, o_n, m, exists, i, f, g, o, c_next, H)
@@ -215,8 +217,8 @@ def step_kernel(
 
 @triton.jit(**launch.SEQUENCE)
 def resident_backward_kernel(
-    p_dy, p_dhn, p_dcn, p_c0, p_w, p_lengths, p_reset, p_gates, p_cells, p_dgx, p_dh0, p_dc0, T, B, H: tl.constexpr,
-    DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    p_dy, p_dhn, p_dcn, p_c0, p_w, p_lengths, p_offsets, p_reset, p_gates, p_cells, p_dgx, p_dh0, p_dc0, T, B,
+    H: tl.constexpr, DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
 
@@ -232,43 +234,48 @@ def resident_backward_kernel(
     dh, dc = load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m), load_float(tile_of(p_dcn, first_b, o_b, o_h, H), m)
     c0, length = load_float(tile_of(p_c0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, local_b, o_b, m_b, T)
     against = reverse == 0
-    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
-    fresh_next = load_fresh(p_reset, row, o_b, m_b)
-    i, f, g, o = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), m, H)
-    dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), m, other=0.0)
-    c = tl.load(tile_of(p_cells, row, o_b, o_h, H), m, other=0.0)
-    before = tl.load(tile_of(p_cells, row + move, o_b, o_h, H), m & (T > 1), other=0.0)
-    for s in range(T):
-        t, fresh = step_index(s, T, against), fresh_next
-        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
+    row_next = next_row(p_offsets, row, base, 1, steps, B, against)
+    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
+    follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, 1, steps, against)
+    fresh_next = load_fresh(p_reset, row, o_b, exists)
+    i, f, g, o = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), there, H)
+    dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), there, other=0.0)
+    c = tl.load(tile_of(p_cells, row, o_b, o_h, H), there, other=0.0)
+    before = tl.load(tile_of(p_cells, row_next, o_b, o_h, H), m_next, other=0.0)
+    for s in range(steps):
+        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, against)
+        first, fresh = is_first(step_index(s, steps, against), length, reverse), fresh_next
         c_prev = unless(fresh, tl.where(first[:, None], c0, before.to(tl.float32)))
         dh_t = tl.where(exists[:, None], dh + dy.to(tl.float32), 0.0)
         da_i, da_f, da_g, da_o, dc_prev = cell_gradient(
             dh_t, tl.where(exists[:, None], dc, 0.0), i.to(tl.float32), f.to(tl.float32), g.to(tl.float32),
             o.to(tl.float32), c.to(tl.float32), c_prev,
         )  # fmt: skip
-        row_next, m_next = row + move, T > s + 1
-        fresh_next = load_fresh(p_reset, row_next, o_b, m_b & m_next)  # of the next step, early
-        i, f, g, o = load_gates(tile_of(p_gates, row_next, o_b, o_h, 4 * H), m & m_next, H)
-        dy, c = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m & m_next, other=0.0), before
-        before = tl.load(tile_of(p_cells, row_next + move, o_b, o_h, H), m & (T > s + 2), other=0.0)
-        store_gates(tile_of(p_dgx, row, o_b, o_h, 4 * H), m, da_i, da_f, da_g, da_o, H)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
+        fresh_next = load_fresh(p_reset, row_next, o_b, follows)  # of the next step, early
+        i, f, g, o = load_gates(tile_of(p_gates, row_next, o_b, o_h, 4 * H), m_next, H)
+        dy, c = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m_next, other=0.0), before
+        row_after = next_row(p_offsets, row_next, base, s + 2, steps, B, against)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 2, steps, against)
+        before = tl.load(tile_of(p_cells, row_after, o_b, o_h, H), m_next, other=0.0)
+        store_gates(tile_of(p_dgx, row, o_b, o_h, 4 * H), there, da_i, da_f, da_g, da_o, H)
         back = tl.dot(unless(fresh, da_i).to(w_i.dtype), w_i, input_precision=PRECISION)
         back = tl.dot(unless(fresh, da_f).to(w_i.dtype), w_f, back, input_precision=PRECISION)
         back = tl.dot(unless(fresh, da_g).to(w_i.dtype), w_g, back, input_precision=PRECISION)
         back = tl.dot(unless(fresh, da_o).to(w_i.dtype), w_o, back, input_precision=PRECISION)
         dh = tl.where(exists[:, None], back, dh)
         dc = tl.where(exists[:, None], unless(fresh, dc_prev), dc)
-        row = row_next
+        row, row_next = row_next, row_after
     store_as(tile_of(p_dh0, first_b, o_b, o_h, H), dh, m)
     store_as(tile_of(p_dc0, first_b, o_b, o_h, H), dc, m)
 
 
 @triton.jit(**launch.SEQUENCE)
 def tiled_backward_kernel(
-    p_dy, p_dhn, p_dcn, p_c0, p_w, p_wr, p_lengths, p_reset, p_gates, p_cells, p_dgx, p_dhs, p_dh0, p_dc0, p_dh, p_dc,
-    p_turn, T, B, H: tl.constexpr, P: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    p_dy, p_dhn, p_dcn, p_c0, p_w, p_wr, p_lengths, p_offsets, p_reset, p_gates, p_cells, p_dgx, p_dhs, p_dh0, p_dc0,
+    p_dh, p_dc, p_turn, T, B, H: tl.constexpr, P: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr,
+    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch, by a group of PROGRAMS programs.
 
@@ -284,41 +291,43 @@ def tiled_backward_kernel(
     copy_tiles(p_dcn, p_dc, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
     against = reverse == 0
-    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
-    for s in range(T):
-        t, fresh = step_index(s, T, against), load_fresh(p_reset, row, o_b, m_b)
-        exists, first = has_step(p_lengths, length, m_b, s, T, against), is_first(t, length, reverse)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
+    for s in range(steps):
+        exists = has_step(p_lengths, length, m_b, s, steps, against)
+        first, fresh = is_first(step_index(s, steps, against), length, reverse), load_fresh(p_reset, row, o_b, exists)
+        row_next = next_row(p_offsets, row, base, s + 1, steps, B, against)
         if p_wr is not None:
             for n in range(n_first, P, PROGRAMS * BN):
                 o_n = n + tl.arange(0, BN)
-                m, p_dy_t = m_b[:, None] & (o_n < P)[None, :], tile_of(p_dy, row, o_b, o_n, P)
-                dh = load_float(tile_of(p_dh, first_b, o_b, o_n, P), m) + load_float(p_dy_t, m)
-                store_as(tile_of(p_dhs, row, o_b, o_n, P), tl.where(exists[:, None], dh, 0.0), m)
+                m = m_b[:, None] & (o_n < P)[None, :]
+                dh, there = load_float(tile_of(p_dh, first_b, o_b, o_n, P), m), inside(p_offsets, m, exists)
+                dh += load_float(tile_of(p_dy, row, o_b, o_n, P), there)
+                store_as(tile_of(p_dhs, row, o_b, o_n, P), tl.where(exists[:, None], dh, 0.0), there)
             meet(turn, PROGRAMS * (2 * s + 1), PROGRAMS)
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
             m, p_state = m_b[:, None] & (o_n < H)[None, :], tile_of(p_dc, first_b, o_b, o_n, H)
-            i, f, g, o = load_gates(tile_of(p_gates, row, o_b, o_n, 4 * H), m, H)
-            c_prev = load_previous(p_cells, p_c0, row + move, first_b, o_b, o_n, first, exists, o_n < H, H)
+            there = inside(p_offsets, m, exists)
+            i, f, g, o = load_gates(tile_of(p_gates, row, o_b, o_n, 4 * H), there, H)
+            c_prev = load_previous(p_cells, p_c0, row_next, first_b, o_b, o_n, first, exists, o_n < H, H)
             if p_wr is None:
                 dm = load_float(tile_of(p_dh, first_b, o_b, o_n, H), m)
-                dm += load_float(tile_of(p_dy, row, o_b, o_n, H), m)
+                dm += load_float(tile_of(p_dy, row, o_b, o_n, H), there)
             else:
                 dm = tl.zeros((BB, BN), tl.float32)
-                dm = add_product(
-                    dm, p_dhs + row * P, o_b * P, exists, P, p_wr + d * P * H, o_n, H, H, 1, BK, PRECISION
-                )
+                dm = add_product(dm, p_dhs + row * P, o_b * P, exists, P, p_wr + d * P * H, o_n, H, H, 1, BK,
+                                 PRECISION)  # fmt: skip
             da_i, da_f, da_g, da_o, dc_prev = cell_gradient(
                 tl.where(exists[:, None], dm, 0.0), tl.where(exists[:, None], load_float(p_state, m), 0.0),
                 i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32),
-                load_float(tile_of(p_cells, row, o_b, o_n, H), m), unless(fresh, c_prev.to(tl.float32)),
+                load_float(tile_of(p_cells, row, o_b, o_n, H), there), unless(fresh, c_prev.to(tl.float32)),
             )  # fmt: skip
-            store_gates(tile_of(p_dgx, row, o_b, o_n, 4 * H), m, da_i, da_f, da_g, da_o, H)
+            store_gates(tile_of(p_dgx, row, o_b, o_n, 4 * H), there, da_i, da_f, da_g, da_o, H)
             tl.store(p_state, unless(fresh, dc_prev), m & exists[:, None])
         meet(turn, PROGRAMS * (MEETINGS * (s + 1)), PROGRAMS)
         add_back(p_dgx, p_dh, p_w, row, first_b, o_b, exists, fresh, n_first, 4 * H, P, False, PROGRAMS, BN, BK,
                  PRECISION)  # fmt: skip
-        row += move
+        row = row_next
     copy_tiles(p_dh, p_dh0, first_b, o_b, m_b, n_first, P, PROGRAMS, BN)
     copy_tiles(p_dc, p_dc0, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
@@ -326,15 +335,16 @@ def tiled_backward_kernel(
 def lstm_forward(
     x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     w_hr: Tensor | None, lengths: Tensor | None, reset: Tensor | None, reverse: bool, save: bool,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.lstm_forward`."""
     time, batch, inputs, hidden = launch.check_shapes("lstm", locals())
     (*ways, _, width), (hn, cn) = h0.shape, launch.like(h0, c0)
-    y, none = x.new_empty(*ways, time, batch, width), x.new_empty(*ways, 0)
-    gates = x.new_empty(*ways, time, batch, 4 * hidden) if save else None
-    cells = x.new_empty(*ways, time, batch, hidden) if save else None
-    h0, c0, w_hh, w_hr, lengths, fresh = launch.contiguous(h0, c0, w_hh, w_hr, lengths, launch.flag(reset))
-    results, sizes = (y, hn, cn, gates, cells), dict(H=hidden, PRECISION=launch.precision(x))
+    y, none = x.new_empty(*ways, *x.shape[:2], width), x.new_empty(*ways, 0)
+    gates = x.new_empty(*ways, *x.shape[:2], 4 * hidden) if save else None
+    cells = x.new_empty(*ways, *x.shape[:2], hidden) if save else None
+    h0, c0, w_hh, w_hr, lengths, place = launch.contiguous(h0, c0, w_hh, w_hr, lengths, offsets)
+    fresh, results, sizes = launch.flag(reset), (y, hn, cn, gates, cells), dict(H=hidden, PRECISION=launch.precision(x))
     if time == 0:
         hn.copy_(h0), cn.copy_(c0)
     elif time == 1 and w_hr is None and not ways:
@@ -346,12 +356,12 @@ def lstm_forward(
         gx, sizes["DIRECTION"] = launch.input_part(x, w_ih, launch.added(b_ih, b_hh)), launch.direction_of(h0, reverse)
         plan = launch.sequence_plan("lstm", "forward", x, h0, hidden, w_hr is not None)
         if plan.resident:
-            args = (gx, h0, c0, w_hh, lengths, fresh, *results, time, batch)
+            args = (gx, h0, c0, w_hh, lengths, place, fresh, *results, time, batch)
             launch.run(resident_forward_kernel, plan, *args, **sizes)
         else:
             ring, m = x.new_empty(2, *h0.shape), x.new_empty(0 if w_hr is None else c0.numel())
             scratch = (ring, launch.floats(x, *c0.shape), m, plan.turns(x))
-            args = (gx, h0, c0, w_hh, w_hr, lengths, fresh, *results, *scratch, time, batch)
+            args = (gx, h0, c0, w_hh, w_hr, lengths, place, fresh, *results, *scratch, time, batch)
             launch.run(tiled_forward_kernel, plan, *args, P=width, **sizes)
     return y, hn, cn, none if gates is None else gates, none.clone() if cells is None else cells
 
@@ -359,36 +369,32 @@ def lstm_forward(
 def lstm_backward(
     dy: Tensor, dhn: Tensor, dcn: Tensor, x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor,
     b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, lengths: Tensor | None, reset: Tensor | None,
-    reverse: bool, y: Tensor, gates: Tensor, cells: Tensor,
+    reverse: bool, y: Tensor, gates: Tensor, cells: Tensor, offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.lstm_backward`."""
     time, batch, _, hidden = launch.check_shapes("lstm", locals())
     (*ways, _, width), (dgx, dh0, dc0) = h0.shape, launch.like(gates, h0, c0)
-    dhs = None if w_hr is None else x.new_empty(*ways, time, batch, width)
+    dhs = None if w_hr is None else launch.like(y)[0]
     dy, dhn, dcn, c0, gates, cells = launch.contiguous(dy, dhn, dcn, c0, gates, cells)
-    w, w_r, length, fresh = launch.contiguous(w_hh, w_hr, lengths, launch.flag(reset))
+    w, w_r, length, place, fresh = launch.contiguous(w_hh, w_hr, lengths, offsets, launch.flag(reset))
     plan = launch.sequence_plan("lstm", "backward", x, h0, hidden, w_hr is not None)
     sizes = dict(H=hidden, DIRECTION=launch.direction_of(h0, reverse), PRECISION=launch.precision(x))
     if time == 0:
         dh0.copy_(dhn), dc0.copy_(dcn)
     elif plan.resident:
-        args = (dy, dhn, dcn, c0, w, length, fresh, gates, cells, dgx, dh0, dc0, time, batch)
+        args = (dy, dhn, dcn, c0, w, length, place, fresh, gates, cells, dgx, dh0, dc0, time, batch)
         launch.run(resident_backward_kernel, plan, *args, **sizes)
     else:
         scratch = (launch.floats(x, *h0.shape), launch.floats(x, *c0.shape), plan.turns(x))
-        args = (dy, dhn, dcn, c0, w, w_r, length, fresh, gates, cells, dgx, dhs, dh0, dc0, *scratch, time, batch)
+        args = (dy, dhn, dcn, c0, w, w_r, length, place, fresh, gates, cells, dgx, dhs, dh0, dc0, *scratch, time, batch)
         launch.run(tiled_backward_kernel, plan, *args, P=width, **sizes)
-    dw_hh = launch.weight_gradient(dgx, launch.previous(y, h0, lengths, reset, reverse))
+    dw_hh = launch.weight_gradient(dgx, launch.previous(y, h0, lengths, reset, reverse, offsets))
     none = x.new_empty(*ways, 0)
     db = none if b_ih is None and b_hh is None else dgx.sum((-3, -2))
     dw_hr = none if w_hr is None else launch.weight_gradient(dhs, gates[..., 3 * hidden :] * cells.tanh())
-    dx, dw_ih = launch.input_gradient(x, (dgx, w_ih)), launch.weight_gradient(dgx, x, lengths)
+    dx, dw_ih = launch.input_gradient(x, (dgx, w_ih)), launch.weight_gradient(dgx, x, lengths, offsets)
     return dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr
 
 
 lstm_both_forward, lstm_both_backward = launch.both(lstm_forward), launch.both(lstm_backward)
-
-
-def variants() -> list[launch.Variant]:
-    """The kernels with the arguments that they are launched with, for a check that they compile."""
-    return launch.variants_of("lstm", globals())
+lstm_packed_forward, lstm_packed_backward = launch.packed(lstm_forward), launch.packed(lstm_backward)

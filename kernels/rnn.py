@@ -14,18 +14,21 @@ from . import launch, tuning
 from .cell_math import (
     add_back,
     add_product,
+    at_step,
     copy_tiles,
     finish_state,
-    first_row,
     has_step,
     input_rows,
+    inside,
     load_bias,
     load_float,
     load_fresh,
     load_lengths,
     load_weight,
     meet,
+    next_row,
     place_of,
+    span_of,
     store_as,
     tanh,
     tile_of,
@@ -53,7 +56,7 @@ def slope(h, RELU: tl.constexpr):
 
 @triton.jit(**launch.SEQUENCE)
 def resident_forward_kernel(
-    p_gx, p_h0, p_w, p_lengths, p_reset, p_y, p_hn, T, B, H: tl.constexpr, RELU: tl.constexpr,
+    p_gx, p_h0, p_w, p_lengths, p_offsets, p_reset, p_y, p_hn, T, B, H: tl.constexpr, RELU: tl.constexpr,
     DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch.
@@ -66,17 +69,20 @@ def resident_forward_kernel(
     m_b = local_b + o_b < B
     m, length = m_b[:, None] & (o_h < H)[None, :], load_lengths(p_lengths, local_b, o_b, m_b, T)
     w, h = load_weight(p_w, o_h, o_h, H, H, 1, H), load_float(tile_of(p_h0, first_b, o_b, o_h, H), m)
-    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
-    h = unless(load_fresh(p_reset, row, o_b, has_step(p_lengths, length, m_b, 0, T, reverse)), h)
-    x = tl.load(tile_of(p_gx, row, o_b, o_h, H), m, other=0.0)
-    for s in range(T):
-        exists, a, row_next = has_step(p_lengths, length, m_b, s, T, reverse), x.to(tl.float32), row + move
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, reverse)
+    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, reverse)
+    h = unless(load_fresh(p_reset, row, o_b, exists), h)
+    x = tl.load(tile_of(p_gx, row, o_b, o_h, H), there, other=0.0)
+    for s in range(steps):
+        (exists, there), a = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, reverse), x.to(tl.float32)
         # Of the next step, early.
-        fresh = load_fresh(p_reset, row_next, o_b, has_step(p_lengths, length, m_b, s + 1, T, reverse) & (T > s + 1))
-        x = tl.load(tile_of(p_gx, row_next, o_b, o_h, H), m & (T > s + 1), other=0.0)
+        row_next = next_row(p_offsets, row, base, s + 1, steps, B, reverse)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, reverse)
+        fresh = load_fresh(p_reset, row_next, o_b, follows)
+        x = tl.load(tile_of(p_gx, row_next, o_b, o_h, H), m_next, other=0.0)
         a = tl.dot(h.to(w.dtype), w, a, input_precision=PRECISION)
         h_next = activate(a, RELU)
-        store_as(tile_of(p_y, row, o_b, o_h, H), tl.where(exists[:, None], h_next, 0.0), m)
+        store_as(tile_of(p_y, row, o_b, o_h, H), tl.where(exists[:, None], h_next, 0.0), there)
         h = unless(fresh, tl.where(exists[:, None], h_next, h))
         row = row_next
     store_as(tile_of(p_hn, first_b, o_b, o_h, H), h, m)
@@ -84,9 +90,9 @@ def resident_forward_kernel(
 
 @triton.jit(**launch.SEQUENCE)
 def tiled_forward_kernel(
-    p_gx, p_h0, p_w, p_lengths, p_reset, p_y, p_hn, p_ring, p_turn, T, B, H: tl.constexpr, RELU: tl.constexpr,
-    DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_gx, p_h0, p_w, p_lengths, p_offsets, p_reset, p_y, p_hn, p_ring, p_turn, T, B, H: tl.constexpr,
+    RELU: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole sequence for a slice of the batch, by a group of PROGRAMS programs.
 
@@ -100,21 +106,21 @@ def tiled_forward_kernel(
     length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     copy_tiles(p_h0, p_ring, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     meet(turn, PROGRAMS, PROGRAMS)
-    row, move = first_row(d, local_b, T, B, reverse), tl.where(reverse, -B, B)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, reverse)
     half = (2 if DIRECTION == "both" else 1) * B.to(tl.int64) * H
-    for s in range(T):
-        exists = has_step(p_lengths, length, m_b, s, T, reverse)
+    for s in range(steps):
+        exists = has_step(p_lengths, length, m_b, s, steps, reverse)
         m_from = exists & ~load_fresh(p_reset, row, o_b, exists)
         p_old, p_new = p_ring + s % 2 * half, p_ring + (s + 1) % 2 * half
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
             m = m_b[:, None] & (o_n < H)[None, :]
-            a = load_float(tile_of(p_gx, row, o_b, o_n, H), m)
+            a = load_float(tile_of(p_gx, row, o_b, o_n, H), inside(p_offsets, m, exists))
             a = add_product(a, p_old + first_b * H, o_b * H, m_from, H, p_w, o_n, H, 1, H, BK, PRECISION)
-            finish_state(p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, activate(a, RELU), H)
-        row += move
+            finish_state(p_offsets, p_y, p_old, p_new, row, first_b, o_b, o_n, m, exists, activate(a, RELU), H)
+        row = next_row(p_offsets, row, base, s + 1, steps, B, reverse)
         meet(turn, PROGRAMS * (s + 2), PROGRAMS)
-    copy_tiles(p_ring + T % 2 * half, p_hn, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
+    copy_tiles(p_ring + steps % 2 * half, p_hn, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -146,7 +152,7 @@ def step_kernel(
 
 @triton.jit(**launch.SEQUENCE)
 def resident_backward_kernel(
-    p_dy, p_dhn, p_w, p_lengths, p_reset, p_y, p_dgx, p_dh0, T, B, H: tl.constexpr, RELU: tl.constexpr,
+    p_dy, p_dhn, p_w, p_lengths, p_offsets, p_reset, p_y, p_dgx, p_dh0, T, B, H: tl.constexpr, RELU: tl.constexpr,
     DIRECTION: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch.
@@ -161,18 +167,20 @@ def resident_backward_kernel(
     w, dh = load_weight(p_w, o_h, o_h, H, H, H, 1), load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m)
     length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     against = reverse == 0
-    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
-    fresh_next = load_fresh(p_reset, row, o_b, m_b)
-    dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), m, other=0.0)
-    y = tl.load(tile_of(p_y, row, o_b, o_h, H), m, other=0.0)
-    for s in range(T):
-        exists, fresh, row_next = has_step(p_lengths, length, m_b, s, T, against), fresh_next, row + move
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
+    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
+    fresh_next = load_fresh(p_reset, row, o_b, exists)
+    dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), there, other=0.0)
+    y = tl.load(tile_of(p_y, row, o_b, o_h, H), there, other=0.0)
+    for s in range(steps):
+        (exists, there), fresh = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, against), fresh_next
         da = tl.where(exists[:, None], (dh + dy.to(tl.float32)) * slope(y.to(tl.float32), RELU), 0.0)
-        m_next = m & (T > s + 1)
-        fresh_next = load_fresh(p_reset, row_next, o_b, m_b & (T > s + 1))  # of the next step, early
+        row_next = next_row(p_offsets, row, base, s + 1, steps, B, against)
+        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
+        fresh_next = load_fresh(p_reset, row_next, o_b, follows)  # of the next step, early
         dy = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m_next, other=0.0)
         y = tl.load(tile_of(p_y, row_next, o_b, o_h, H), m_next, other=0.0)
-        store_as(tile_of(p_dgx, row, o_b, o_h, H), da, m)
+        store_as(tile_of(p_dgx, row, o_b, o_h, H), da, there)
         back = tl.dot(unless(fresh, da).to(w.dtype), w, input_precision=PRECISION)
         dh = tl.where(exists[:, None], back, dh)
         row = row_next
@@ -181,9 +189,9 @@ def resident_backward_kernel(
 
 @triton.jit(**launch.SEQUENCE)
 def tiled_backward_kernel(
-    p_dy, p_dhn, p_w, p_lengths, p_reset, p_y, p_dgx, p_dh0, p_dh, p_turn, T, B, H: tl.constexpr, RELU: tl.constexpr,
-    DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_dy, p_dhn, p_w, p_lengths, p_offsets, p_reset, p_y, p_dgx, p_dh0, p_dh, p_turn, T, B, H: tl.constexpr,
+    RELU: tl.constexpr, DIRECTION: tl.constexpr, PROGRAMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all pre-activations for a slice of the batch, by a group of PROGRAMS programs.
 
@@ -197,34 +205,35 @@ def tiled_backward_kernel(
     copy_tiles(p_dhn, p_dh, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
     tl.debug_barrier()
     against = reverse == 0
-    row, move = first_row(d, local_b, T, B, against), tl.where(against, -B, B)
-    for s in range(T):
-        exists, fresh = has_step(p_lengths, length, m_b, s, T, against), load_fresh(p_reset, row, o_b, m_b)
+    steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
+    for s in range(steps):
+        exists = has_step(p_lengths, length, m_b, s, steps, against)
+        fresh = load_fresh(p_reset, row, o_b, exists)
         for n in range(n_first, H, PROGRAMS * BN):
             o_n = n + tl.arange(0, BN)
             m = m_b[:, None] & (o_n < H)[None, :]
-            dh = load_float(tile_of(p_dh, first_b, o_b, o_n, H), m)
-            dh += load_float(tile_of(p_dy, row, o_b, o_n, H), m)
-            da = dh * slope(load_float(tile_of(p_y, row, o_b, o_n, H), m), RELU)
-            store_as(tile_of(p_dgx, row, o_b, o_n, H), tl.where(exists[:, None], da, 0.0), m)
+            dh, there = load_float(tile_of(p_dh, first_b, o_b, o_n, H), m), inside(p_offsets, m, exists)
+            dh += load_float(tile_of(p_dy, row, o_b, o_n, H), there)
+            da = dh * slope(load_float(tile_of(p_y, row, o_b, o_n, H), there), RELU)
+            store_as(tile_of(p_dgx, row, o_b, o_n, H), tl.where(exists[:, None], da, 0.0), there)
         meet(turn, PROGRAMS * (s + 1), PROGRAMS)
         add_back(p_dgx, p_dh, p_w, row, first_b, o_b, exists, fresh, n_first, H, H, False, PROGRAMS, BN, BK,
                  PRECISION)  # fmt: skip
-        row += move
+        row = next_row(p_offsets, row, base, s + 1, steps, B, against)
     copy_tiles(p_dh, p_dh0, first_b, o_b, m_b, n_first, H, PROGRAMS, BN)
 
 
 def rnn_forward(
     x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    lengths: Tensor | None, reset: Tensor | None, reverse: bool, nonlinearity: str,
+    lengths: Tensor | None, reset: Tensor | None, reverse: bool, nonlinearity: str, offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.rnn_forward`."""
     time, batch, inputs, hidden = launch.check_shapes("rnn", locals())
     ways, (hn,) = h0.shape[:-2], launch.like(h0)
-    y = x.new_empty(*ways, time, batch, hidden)
+    y = x.new_empty(*ways, *x.shape[:2], hidden)
     if time == 0:
         return y, hn.copy_(h0)
-    h0, w_hh, lengths, reset = launch.contiguous(h0, w_hh, lengths, launch.flag(reset))
+    h0, w_hh, lengths, offsets, reset = launch.contiguous(h0, w_hh, lengths, offsets, launch.flag(reset))
     sizes = dict(H=hidden, RELU=nonlinearity == "relu", PRECISION=launch.precision(x))
     if time == 1 and not ways:
         x, w_ih, *biases = launch.contiguous(x, w_ih, b_ih, b_hh)
@@ -233,7 +242,7 @@ def rnn_forward(
         return y, hn
     gx, sizes["DIRECTION"] = launch.input_part(x, w_ih, launch.added(b_ih, b_hh)), launch.direction_of(h0, reverse)
     plan = launch.sequence_plan("rnn", "forward", x, h0, hidden)
-    args = (gx, h0, w_hh, lengths, reset, y, hn)
+    args = (gx, h0, w_hh, lengths, offsets, reset, y, hn)
     if plan.resident:
         launch.run(resident_forward_kernel, plan, *args, time, batch, **sizes)
     else:
@@ -245,15 +254,16 @@ def rnn_forward(
 def rnn_backward(
     dy: Tensor, dhn: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
     b_hh: Tensor | None, lengths: Tensor | None, reset: Tensor | None, reverse: bool, nonlinearity: str, y: Tensor,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fastrnn.reference.rnn_backward`."""
     time, batch, _, hidden = launch.check_shapes("rnn", locals())
     ways, (dgx, dh0) = h0.shape[:-2], launch.like(y, h0)
-    dy, dhn, w, length, fresh, y = launch.contiguous(dy, dhn, w_hh, lengths, launch.flag(reset), y)
+    dy, dhn, w, length, place, y = launch.contiguous(dy, dhn, w_hh, lengths, offsets, y)
     sizes = dict(H=hidden, RELU=nonlinearity == "relu", PRECISION=launch.precision(x))
     sizes["DIRECTION"] = launch.direction_of(h0, reverse)
     plan = launch.sequence_plan("rnn", "backward", x, h0, hidden)
-    args = (dy, dhn, w, length, fresh, y, dgx, dh0)
+    args = (dy, dhn, w, length, place, launch.flag(reset), y, dgx, dh0)
     if time == 0:
         dh0.copy_(dhn)
     elif plan.resident:
@@ -262,14 +272,10 @@ def rnn_backward(
         scratch = launch.floats(x, *h0.shape)
         launch.run(tiled_backward_kernel, plan, *args, scratch, plan.turns(x), time, batch, **sizes)
     db = x.new_empty(*ways, 0) if b_ih is None and b_hh is None else dgx.sum((-3, -2))
-    dw_hh = launch.weight_gradient(dgx, launch.previous(y, h0, lengths, reset, reverse))
-    dx, dw_ih = launch.input_gradient(x, (dgx, w_ih)), launch.weight_gradient(dgx, x, lengths)
+    dw_hh = launch.weight_gradient(dgx, launch.previous(y, h0, lengths, reset, reverse, offsets))
+    dx, dw_ih = launch.input_gradient(x, (dgx, w_ih)), launch.weight_gradient(dgx, x, lengths, offsets)
     return dx, dh0, dw_ih, dw_hh, db
 
 
 rnn_both_forward, rnn_both_backward = launch.both(rnn_forward), launch.both(rnn_backward)
-
-
-def variants() -> list[launch.Variant]:
-    """The kernels with the arguments that they are launched with, for a check that they compile."""
-    return launch.variants_of("rnn", globals(), RELU=False)
+rnn_packed_forward, rnn_packed_backward = launch.packed(rnn_forward), launch.packed(rnn_backward)

@@ -102,8 +102,8 @@ def test_layers_take_one_launch_for_both_directions(device, mode, packed, monkey
         results.append([y, *(state if mode == "LSTM" else (state,)), own.grad, *(p.grad for p in layer.parameters())])
         for parameter in layer.parameters():
             parameter.grad = None
-    cell = mode.lower()
-    assert {c.op for c, _ in ran} == {cell, f"{cell}_both_forward", f"{cell}_both_backward"}
+    cell, op = mode.lower(), "packed" if packed else "both"
+    assert {c.op for c, _ in ran} == {cell, f"{cell}_{op}_forward", f"{cell}_{op}_backward"}
     for found, expected in zip(*results, strict=True):
         assert_close(found, expected)
 

@@ -80,6 +80,22 @@ def both_case(kind, device, dtype=torch.float32, **sizes):
     return f"{cell}_both", a
 
 
+def packed_case(kind, device, dtype=torch.float32, directions=1, masked=False, **sizes):
+    """As `forward_case`, for the op of packed rows, of sequences of all lengths up to `time`; resets where `masked`."""
+    cell, a = both_case(kind, device, dtype, **sizes)
+    time, batch = a["x"].shape[:2]
+    lengths = torch.linspace(time, 1, batch).round().long() if batch > 1 else torch.tensor([time])
+    exists = torch.arange(time).unsqueeze(-1) < lengths
+    for name, value in a.items():
+        if torch.is_tensor(value) and name != "x":
+            a[name] = value[:directions]
+    a["x"] = a["x"][exists.to(device)]
+    a["lengths"] = lengths.to(device)
+    a["offsets"] = torch.nn.functional.pad(exists.sum(1).cumsum(0), (1, 0)).to(device)
+    a["reset"] = (torch.rand(len(a["x"])) < 0.3).to(device) if masked else None
+    return cell.replace("_both", "_packed"), a
+
+
 def ours(op):
     return gpu.load_triton(op)
 
@@ -105,6 +121,30 @@ def hold_to_definition(cell, a, way, function=ours):
     named = a if way == "forward" else with_gradients(cell, a, definition)
     op = f"{cell}_{way}"
     check(function(op), definition(op), [named[n] for n in ARGUMENTS[op]], op)
+
+
+def hold_within_fences(cell, a):
+    """Forward and backward, with every argument between margins of NaN (of True, and of large integers)."""
+    named = with_gradients(cell, a)
+    expected = call(f"{cell}_forward", a) | call(f"{cell}_backward", named)
+    for name in expected:
+        assert not expected[name].isnan().any(), name
+
+    def fenced(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        poison = {torch.bool: True, torch.int64: 2**40}.get(value.dtype, float("nan"))
+        room = torch.full((value.numel() + 512,), poison, dtype=value.dtype, device=value.device)
+        room[256:-256] = value.flatten()
+        return room[256:-256].view(value.shape)
+
+    inside = {n: fenced(v) for n, v in named.items()}
+    found = call(f"{cell}_forward", inside) | call(f"{cell}_backward", inside)
+    for name in expected:
+        assert_equal(found[name], expected[name], name)
+    for name, value in inside.items():
+        if isinstance(value, torch.Tensor):
+            assert_equal(value, named[name], f"{name} after the call")
 
 
 def assert_equal(actual, expected, what):
