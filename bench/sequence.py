@@ -4,7 +4,7 @@ Each shape runs the automatic choice, every backend of ours, and torch.nn with o
 in one run, after the outputs and the gradients of all of them have been compared with torch.nn in float64. "products"
 are the products of the same sizes alone, by PyTorch: what is left of a call beside them, or won against them.
 
-    python -m bench.sequence [--threads 1] [--quick] [--sequences] [--output bench/results/sequence.csv]
+    python -m bench.sequence [--threads 1] [--quick] [--shapes all] [--output bench/results/sequence.csv]
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ SHAPES = [
     (100, 1, 1, 64, 82), (5, 1, 1, 32, 16), (5, 16, 1, 64, 64),
     *((1, batch, 1, hidden, hidden) for hidden in (64, 256) for batch in (1, 16, 256)),
 ]  # fmt: skip
+SHORT = [(t, batch, 1, h, h) for h in (256, 512, 1024) for batch in (1, 16) for t in (2, 5, 12)]
+# Those to choose from: the third are few steps, where packing the weights counts.
+OF_NAME = {"all": SHAPES, "sequences": [shape for shape in SHAPES if shape[0] > 1], "short": SHORT}
 QUICK = [(5, 1, 1, 32, 16), (1, 16, 1, 64, 64)]
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")  # run the shapes with T=1 and L=1
@@ -134,14 +137,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="sequence mode against torch.nn (ratios to its faster setting)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two small shapes, to see that it runs")
-    parser.add_argument("--sequences", action="store_true", help="without the single steps")
+    parser.add_argument("--shapes", choices=OF_NAME, default="all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sequence.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="TF32 acceleration")  # said whenever oneDNN is switched off
     rows, pace = [], {"rounds": 3, "seconds": 0.002} if options.quick else {}
-    shapes = QUICK if options.quick else SHAPES
-    for shape in [s for s in shapes if s[0] > 1 or not options.sequences]:
+    for shape in QUICK if options.quick else OF_NAME[options.shapes]:
         for name in LAYERS + CELLS if shape[0] == shape[2] == 1 else LAYERS:
             for dtype in (torch.float32, torch.bfloat16):
                 for gradient in (False, True):
