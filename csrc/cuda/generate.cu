@@ -251,7 +251,7 @@ __device__ __forceinline__ void run_layer(const GenerateCall& c, const Chip& chi
                                           int parity) {
   const int64_t units = units_of(c.net);
   for (int64_t i = threadIdx.x; i < units * (c.plan.block_rows / Tile); i += blockDim.x) {
-    const int64_t u = i % units, first = i / units * Tile;
+    const int64_t u = Tile == 1 ? i : i % units, first = Tile == 1 ? 0 : i / units * Tile;
     with_kind(c, [&](auto kind) { layer_item<decltype(kind), Tile>(c, chip, s, layer, parity, u, first); });
   }
 }
@@ -261,7 +261,7 @@ template <int Tile>
 __device__ __forceinline__ void run_head(const GenerateCall& c, const Chip& chip, const SharedLayout& s, int parity) {
   const int64_t columns = columns_of(c.net);
   for (int64_t i = threadIdx.x; i < columns * (c.plan.block_rows / Tile); i += blockDim.x) {
-    const int64_t column = i % columns, first = i / columns * Tile;
+    const int64_t column = Tile == 1 ? i : i % columns, first = Tile == 1 ? 0 : i / columns * Tile;
     if (c.net.per_word == 1)
       head_item<1, Tile>(c, chip, s, parity, column, first);
     else
