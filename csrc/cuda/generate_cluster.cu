@@ -47,27 +47,44 @@ template <class E> FR_DEVICE void hand_out(const Share& s, E* h) {
   }
 }
 
-// All layers of a step, row_tiles tiles of rows at a time. The first product of a layer, with its own h of the step
-// before, is made while the cluster meets.
-template <class M, int row_tiles> __device__ __forceinline__ void run_layers(const Share& s, int turn) {
+template <class M, int row_tiles> using LayerSums = TileSums<M, kSumsOfUnit, row_tiles>;
+
+// The tile of units that a warp sums a part of in every layer.
+struct UnitTile {
+  Work work;
+  int first_unit;
+  bool there;
+  int64_t fragment;
+  __device__ explicit UnitTile(const Share& s) : work(s.split.unit_parts) {
+    first_unit = s.first_unit() + work.group * kUnits;
+    there = work.group < s.split.unit_tiles && first_unit < s.c.net.H;
+    fragment = work.group * s.split.k_tiles * s.c.net.gates;
+  }
+};
+
+// The first product of a layer of a step, with its own h of the step before: of the rows from tile n on.
+template <class M, int row_tiles>
+FR_DEVICE void begin_layer(const Share& s, const UnitTile& tile, int turn, int layer, int n,
+                           LayerSums<M, row_tiles>& sums) {
+  if (!tile.there) return;
+  sums.start(s.existing - n * kRows);
+  sums.add(s, tile.work, hidden_fragment(s.split, layer) + tile.fragment,
+           s.h<typename M::E>(layer, turn) + n * kRows * s.at.stride, hidden_gates(s.c.cell, s.c.net));
+}
+
+// All layers of a step, row_tiles tiles of rows at a time, the first of which is begun: the first products of a layer
+// are made while the cluster meets.
+template <class M, int row_tiles>
+__device__ __forceinline__ void run_layers(const Share& s, int turn, LayerSums<M, row_tiles>& sums) {
   using E = typename M::E;
   constexpr bool early = row_tiles == 1 && M::on_tensor_cores;  // what is given is loaded before the products
-  const Work work(s.split.unit_parts);
-  const int first_unit = s.first_unit() + work.group * kUnits;
-  const bool has_tile = work.group < s.split.unit_tiles && first_unit < s.c.net.H;
-  const int64_t of_tile = work.group * s.split.k_tiles * s.c.net.gates;
+  const UnitTile tile(s);
+  const Work& work = tile.work;
+  const bool has_tile = tile.there;
   const int tiles = static_cast<int>(s.c.plan.block_rows / kRows);
-  const auto unit = [&](int i) { return first_unit + s.lane / 4 + i / 2 * 8; };
+  const auto unit = [&](int i) { return tile.first_unit + s.lane / 4 + i / 2 * 8; };
   const auto row = [&](int n, int i) { return n * kRows + s.lane % 4 * 2 + i % 2; };
-  const auto at_row = [&](int n) { return n * kRows * s.at.stride; };
-  TileSums<M, kSumsOfUnit, row_tiles> sums;
-  const auto begin = [&](int layer, int n) {
-    if (!has_tile) return;
-    sums.start(s.existing - n * kRows);
-    sums.add(s, work, hidden_fragment(s.split, layer) + of_tile, s.h<E>(layer, turn) + at_row(n),
-             hidden_gates(s.c.cell, s.c.net));
-  };
-  begin(0, 0);
+  const auto begin = [&](int layer, int n) { begin_layer<M, row_tiles>(s, tile, turn, layer, n, sums); };
 #pragma unroll 1
   for (int layer = 0; layer < s.layers; ++layer) {
 #pragma unroll 1
@@ -79,8 +96,8 @@ template <class M, int row_tiles> __device__ __forceinline__ void run_layers(con
         for (int i = 0; i < 4; ++i) load_given(s, layer, unit(i), row(n0, i), given[i]);
       if (n0 > 0) begin(layer, n0);
       if (layer > 0 && has_tile)
-        sums.add(s, work, input_fragment(s.split, layer) + of_tile, s.h<E>(layer - 1, s.after(turn)) + at_row(n0),
-                 input_gates(s.c.net));
+        sums.add(s, work, input_fragment(s.split, layer) + tile.fragment,
+                 s.h<E>(layer - 1, s.after(turn)) + n0 * kRows * s.at.stride, input_gates(s.c.net));
       if (has_tile) sums.finish();
       if (gives)
 #pragma unroll
@@ -205,12 +222,14 @@ template <class E> __device__ void save(const Share& s, int turn) {
     s.c.rows[s.first + r] = s.in<DeviceRow>(s.at.rows)[r / s.cluster];
 }
 
-// Loads the states of the rows that begin with a request; whether any row runs.
-template <class E> __device__ bool take_orders(const Share& s, int turn) {
+// Loads the states of the rows that begin with a request; whether any row runs. loads: whether there were such rows,
+// which all of the cluster are told.
+template <class E> __device__ bool take_orders(const Share& s, int turn, bool& loads) {
   const bool there = s.lane < s.c.plan.block_rows;
   const Order order = s.orders()[there ? s.lane : 0];
   unsigned begin = __ballot_sync(kAllLanes, there && order.request >= 0);
-  const bool loads = begin != 0;
+  loads = begin != 0;
+  if (loads) __syncthreads();  // who is late still multiplies with the states before
   for (; begin != 0; begin &= begin - 1) {
     const int r = __ffs(static_cast<int>(begin)) - 1;
     set_start<E>(s, r, turn, s.c.queue[s.orders()[r].request]);
@@ -224,7 +243,8 @@ template <class E> __device__ bool take_orders(const Share& s, int turn) {
 //         the logits of the rows that it draws where they fit: in shared memory.
 // Moves:  the weights that are kept once a launch, the others each step; Gates * units floats of the table a row and
 //         step; h to every CTA of the cluster, logits to one, and 8 bytes a row to every one.
-// Syncs:  the cluster, L + 2 times a step, and the CTA; clusters meet in the queue's counter alone.
+// Syncs:  the cluster, L + 2 times a step, and the CTA; clusters meet in the queue's counter alone. The products of
+//         every layer with its own h are made while the cluster meets before it, the first layer's after the draw.
 // Limits: plan.fits; no window state; above one CTA compute capability 9.0.
 template <class M, int row_tiles> __device__ __forceinline__ void run(const Share& s) {
   using E = typename M::E;
@@ -235,11 +255,16 @@ template <class M, int row_tiles> __device__ __forceinline__ void run(const Shar
     team.sync();
     return seat.row.active ? kNoRequest : claim(s.c, team, seat, -1, 0);
   });
-  s.meet();
   int turn = 0;
   for (int64_t step = 0;; ++step, turn = s.after(turn)) {
-    if (!take_orders<E>(s, turn) || step == s.c.steps) break;
-    run_layers<M, row_tiles>(s, turn);
+    LayerSums<M, row_tiles> sums;
+    bool loads;
+    s.arrive();
+    begin_layer<M, row_tiles>(s, UnitTile(s), turn, 0, 0, sums);
+    s.wait();
+    if (!take_orders<E>(s, turn, loads) || step == s.c.steps) break;
+    if (loads) begin_layer<M, row_tiles>(s, UnitTile(s), turn, 0, 0, sums);
+    run_layers<M, row_tiles>(s, turn, sums);
     run_head<M, row_tiles>(s, s.after(turn));
     s.meet();
     each_row(s, [&](const auto& team, const RowSeat& seat, const DrawScratch& scratch) {
@@ -247,7 +272,6 @@ template <class M, int row_tiles> __device__ __forceinline__ void run(const Shar
       return end != 0 ? claim(s.c, team, seat, step, end) : kNoRequest;
     });
     if (publishes(s.c, step)) publish(s.c, step + 1);
-    s.meet();
   }
   publish(s.c, s.c.steps);
   save<E>(s, turn);

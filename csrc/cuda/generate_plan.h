@@ -71,6 +71,7 @@ struct GeneratePlan {
   // Of a CTA that has all: each thread has a unit of `tile` sequences.
   int64_t tile;
   bool table_on_chip;
+  bool begins;  // tile 1: the products of a step with the hidden states are made beside the draw before it
   // Of a cluster: the fragments of weights that a CTA keeps, where the others are read again each step.
   int64_t resident;
   bool logits_on_chip;
@@ -100,28 +101,32 @@ FR_PLAN DrawLayout draw_layout(const NetworkSizes& n, int64_t at, int64_t teams,
 
 // Byte offsets into the dynamic shared memory of a CTA that has all, multiples of 16.
 struct SharedLayout {
-  int64_t weights, h, carry, logits, rows, total;
+  int64_t weights, h, carry, begun, logits, rows, total;
   DrawLayout draw;
   int64_t pitch;       // floats between the values that two units have for a row
   int64_t logits_row;  // floats
 };
 
 FR_PLAN SharedLayout shared_layout(const NetworkSizes& n, int64_t block_rows, int64_t tile, int64_t threads,
-                                   bool table_on_chip) {
+                                   bool table_on_chip, bool begins) {
   SharedLayout s{};
   s.pitch = tile == 1 ? block_rows : block_rows + 4;  // the rows of a thread's unit are read 16 bytes at a time
   s.logits_row = columns_of(n);
   s.h = to_16(4 * (table_on_chip ? blob_words(n) : table_at(n)));
   s.carry = s.h + to_16(4 * n.L * 2 * k_words(n) * n.per_word * s.pitch);
-  s.logits = s.carry + to_16(4 * (n.carries ? n.L * units_of(n) * block_rows : 0));
+  s.begun = s.carry + to_16(4 * (n.carries ? n.L * units_of(n) * block_rows : 0));
+  s.logits = s.begun + (begins ? 4 * n.L * n.gates * units_of(n) : 0);
   s.rows = s.logits + to_16(4 * block_rows * s.logits_row);
-  s.draw = draw_layout(n, s.rows + kRowBytes * block_rows, threads / 32, threads / 32);
+  const int64_t warps = threads / 32, teams = block_rows < warps ? block_rows : warps;
+  s.draw = draw_layout(n, s.rows + kRowBytes * block_rows, teams, warps);
   s.total = s.draw.end;
   return s;
 }
 
-// A thread for each unit or column of a tile of rows, and a warp for the draw of each row.
-inline int64_t threads_for(const NetworkSizes& n, int64_t block_rows, int64_t tile) {
+// A thread for each unit or column of a tile of rows, and a warp for the draw of each row; where a step is begun beside
+// the head and the draw, also for the units of all layers.
+inline int64_t threads_for(const NetworkSizes& n, int64_t block_rows, int64_t tile, bool begins) {
+  if (begins) return std::min(kMostThreads, columns_of(n) + n.L * units_of(n));
   return std::min(kMostThreads, std::max(std::max(units_of(n), columns_of(n)) * (block_rows / tile), 32 * block_rows));
 }
 
@@ -139,22 +144,24 @@ struct GenerateDevice {
 // of the rows.
 inline GeneratePlan plan_one(const NetworkSizes& n, int64_t rows, const GenerateDevice& device) {
   GeneratePlan p{};
-  p.needed_bytes = shared_layout(n, 1, 1, threads_for(n, 1, 1), false).total;
+  p.needed_bytes = shared_layout(n, 1, 1, threads_for(n, 1, 1, false), false, false).total;
   p.rows = std::max<int64_t>(rows, 1);
   if (p.needed_bytes > device.shared_limit) return p;
   int64_t share = std::min((p.rows + device.multiprocessors - 1) / device.multiprocessors, kMostRowsOfBlock);
   for (; share >= 1; --share) {
     p.tile = share == 1 ? 1 : 8;
     p.block_rows = (share + p.tile - 1) / p.tile * p.tile;
-    p.threads = threads_for(n, p.block_rows, p.tile);
-    for (const bool table : {true, false}) {
-      p.table_on_chip = table;
-      p.shared_bytes = shared_layout(n, p.block_rows, p.tile, p.threads, table).total;
-      if (p.shared_bytes > device.shared_limit) continue;
-      p.fits = true;
-      p.blocks = (p.rows + p.block_rows - 1) / p.block_rows;
-      return p;
-    }
+    for (const bool begins : {true, false})
+      for (const bool table : {true, false}) {
+        if (begins && p.tile != 1) continue;
+        p.begins = begins, p.table_on_chip = table;
+        p.threads = threads_for(n, p.block_rows, p.tile, begins);
+        p.shared_bytes = shared_layout(n, p.block_rows, p.tile, p.threads, table, begins).total;
+        if (p.shared_bytes > device.shared_limit) continue;
+        p.fits = true;
+        p.blocks = (p.rows + p.block_rows - 1) / p.block_rows;
+        return p;
+      }
   }
   return p;
 }

@@ -48,7 +48,7 @@ class Arrays {
   }
   std::shared_ptr<DeviceMemory> upload(cudaStream_t stream) const {
     auto memory = std::make_shared<DeviceMemory>(static_cast<int64_t>(bytes_.size()));
-    to_device(memory->get(), bytes_.data(), memory->bytes(), stream);
+    to_device(memory->get(), bytes_.data(), static_cast<int64_t>(bytes_.size()), stream);
     require(cudaStreamSynchronize(stream), "upload");  // the host's copy goes away
     return memory;
   }

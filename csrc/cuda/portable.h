@@ -62,6 +62,7 @@ template <class... P> int clusters_at_once(void (*)(P...), unsigned cluster, uns
   return cuda_on_cpu::kMultiprocessors / static_cast<int>(cluster);
 }
 
+inline void front_sync(unsigned threads, FR_PLACE) { cuda_on_cpu::front_barrier(threads, {file, line}); }
 inline void grid_sync(FR_PLACE) { cuda_on_cpu::grid_barrier({file, line}); }
 inline void cluster_arrive(FR_PLACE) { cuda_on_cpu::cluster_arrive({file, line}); }
 inline void cluster_wait(FR_PLACE) { cuda_on_cpu::cluster_wait({file, line}); }
@@ -171,6 +172,10 @@ int clusters_at_once(void (*kernel)(P...), unsigned cluster, unsigned threads, s
 // The largest of a warp's numbers.
 __device__ __forceinline__ uint32_t warp_max(uint32_t v) { return __reduce_max_sync(~0u, v); }
 
+// The first `threads` threads of a block, whole warps, wait for each other; the others go on.
+__device__ __forceinline__ void front_sync(unsigned threads) {
+  asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
+}
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 // Clusters exist from compute capability 9.0 on; a launch with one fails below that.

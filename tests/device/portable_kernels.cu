@@ -37,6 +37,19 @@ __global__ void halves_kernel(const int* x, int* out) {
   out[threadIdx.x + (FR_PLANT == 3 ? 1 : 0)] = sum + __shfl_up_sync(~0u, static_cast<int>(lane), 1);
 }
 
+// out[i] = i ^ 32 from the two warps at the front, which meet without the third: it waits for them at the end alone.
+__global__ void front_kernel(int* out) {
+  FR_SHARED(int, given, kThreads);
+  const unsigned i = threadIdx.x;
+  if (i < 64) {
+    given[i] = static_cast<int>(i);
+    fr::front_sync(64);
+    out[i] = given[i ^ 32];
+  }
+  __syncthreads();
+  if (i >= 64) out[i] = given[i - 64];
+}
+
 // x doubled `rounds` times by all blocks in turn: each reads what its neighbour has written.
 __global__ void turns_kernel(float* x, float* y, int rounds) {
   const int n = gridDim.x * blockDim.x, at = blockIdx.x * blockDim.x + threadIdx.x;
@@ -98,6 +111,7 @@ cudaError_t sums(const float* x, float* out, int n) {
   return FR_LAUNCH(sum_kernel, 5, kThreads, 0, nullptr, x, out, n);
 }
 cudaError_t halves(const int* x, int* out) { return FR_LAUNCH(halves_kernel, 1, 64, 0, nullptr, x, out); }
+cudaError_t fronts(int* out) { return FR_LAUNCH(front_kernel, 1, kThreads, 0, nullptr, out); }
 cudaError_t turns(float* x, float* y) { return FR_LAUNCH_COOP(turns_kernel, 4, 32, 0, nullptr, x, y, 4); }
 cudaError_t cluster(int* out) { return FR_LAUNCH_CLUSTER(cluster_kernel, 4, 8, 32, 0, nullptr, out); }
 cudaError_t product(const uint16_t* a, const uint16_t* b, float* c) {

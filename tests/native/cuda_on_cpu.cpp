@@ -123,6 +123,7 @@ void set_up(Gang& gang, dim3 grid, dim3 dim, size_t shared_bytes) {
     Block& block = gang.blocks[b];
     block.barrier.size = threads;
     block.barrier.waiting.reserve(threads);
+    block.front.waiting.reserve(threads);
     block.arrays.reserve(kMostArrays);
     block.warps.resize((threads + 31) / 32);
     block.arena = static_cast<unsigned char*>(std::aligned_alloc(128, kArenaBytes));
@@ -244,6 +245,16 @@ cudaError_t launch(cudaStream_t stream, const Kernel& kernel) {
 }
 
 void block_barrier(Place place) { arrive(running->block->barrier, place); }
+void front_barrier(unsigned threads, Place place) {
+  Block& block = *running->block;
+  running->place = place;
+  if (threads == 0 || threads % 32 != 0 || threads > block.barrier.size) fail("a front of no whole warps", running);
+  if (running->warp - block.warps.data() >= threads / 32)
+    fail("a thread waits with a front that it is not in", running);
+  if (!block.front.waiting.empty() && block.front.size != threads) fail("threads wait with different fronts", running);
+  block.front.size = threads;
+  arrive(block.front, place);
+}
 void cluster_arrive(Place place) {
   Fiber* me = running;
   HalvedBarrier& barrier = me->gang->cluster_barrier;

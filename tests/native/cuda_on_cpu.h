@@ -70,6 +70,7 @@ bool is_busy();
 void wait_for_kernel();
 
 void block_barrier(Place place);
+void front_barrier(unsigned threads, Place place);
 void cluster_arrive(Place place);
 void cluster_wait(Place place);
 void grid_barrier(Place place);

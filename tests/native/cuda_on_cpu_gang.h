@@ -46,7 +46,7 @@ struct Warp {
 struct Block {
   uint3 index;
   std::vector<Warp> warps;
-  Barrier barrier;
+  Barrier barrier, front;  // of all threads, and of the first ones
   unsigned char* arena = nullptr;
   size_t used = 0;
   unsigned char* dynamic = nullptr;

@@ -35,6 +35,9 @@ void check_blocks_together() {
     const int before = b / 4 * 4 + (b + 3) % 4;
     for (int t = 0; t < 32; ++t) CHECK(ranks[static_cast<size_t>(b * 32 + t)] == 100 * before + before % 4);
   }
+  std::vector<int> fronts_of(96);
+  CHECK(fronts(fronts_of.data()) == cudaSuccess);
+  for (int i = 0; i < 96; ++i) CHECK(fronts_of[static_cast<size_t>(i)] == (i < 64 ? i ^ 32 : i - 64));
   unsigned flag = 0;
   std::vector<float> data(32, NAN), out(32, NAN);
   CHECK(flags(&flag, data.data(), out.data()) == cudaSuccess);
