@@ -38,11 +38,11 @@ void Team::end() {
   posted_.fetch_add(1, std::memory_order_release);
 }
 
-void Team::post(Task task, const void* context) {
-  task_ = task, context_ = context;
+void Team::post(const Task& task) {
+  task_ = task;
   left_.store(size_ - 1, std::memory_order_relaxed);
   posted_.fetch_add(1, std::memory_order_release);
-  task(context, {0, size_});
+  task.run(task.kernel, task.job, {0, size_});
   wait([this] { return left_.load(std::memory_order_acquire) == 0; });
 }
 
@@ -51,7 +51,7 @@ void Team::serve(int64_t part) {
     wait([&] { return posted_.load(std::memory_order_acquire) != seen; });
     ++seen;
     if (ended_.load(std::memory_order_relaxed)) return;
-    task_(context_, {part, size_});
+    task_.run(task_.kernel, task_.job, {part, size_});
     left_.fetch_sub(1, std::memory_order_release);
   }
 }

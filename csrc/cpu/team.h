@@ -38,32 +38,29 @@ class Team {
   // Runs every part of the job, one on each thread; returns when all are done.
   template <class Job> void run(void (*kernel)(const Job&, Part), const Job& job) {
     if (size_ == 1) return kernel(job, {0, 1});
-    run_parts(
-        [](const void* context, Part part) {
-          const auto& call = *static_cast<const Call<Job>*>(context);
-          call.kernel(*call.job, part);
-        },
-        Call<Job>{kernel, &job});
+    post({[](Kernel any, const void* its, Part part) {
+            reinterpret_cast<void (*)(const Job&, Part)>(any)(*static_cast<const Job*>(its), part);
+          },
+          reinterpret_cast<Kernel>(kernel), &job});
   }
   int64_t size() const { return size_; }
 
  private:
-  template <class Job> struct Call {
-    void (*kernel)(const Job&, Part);
-    const Job* job;
+  using Kernel = void (*)();  // of any job
+  struct Task {
+    void (*run)(Kernel kernel, const void* job, Part part);
+    Kernel kernel;
+    const void* job;
   };
-  using Task = void (*)(const void* context, Part part);
-  template <class C> void run_parts(Task task, const C& context) { post(task, &context); }
-  void post(Task task, const void* context);
+  void post(const Task& task);
   void serve(int64_t part);
   void end();
 
   int64_t size_;
-  Task task_ = nullptr;
-  const void* context_ = nullptr;
   alignas(64) std::atomic<uint64_t> posted_{0};
-  alignas(64) std::atomic<int64_t> left_{0};
+  Task task_{};  // what is read once it is posted lies beside it: a cache line more to fetch costs 0.1 to 0.2 us
   std::atomic<bool> ended_{false};
+  alignas(64) std::atomic<int64_t> left_{0};
   Threads members_;  // last: they are gone before what they read
 };
 
