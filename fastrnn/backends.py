@@ -145,7 +145,7 @@ def _of_single(op: str, load: Callable[[str], Callable]) -> Callable:
         forward, kept = load(f"{cell}_forward"), slice(-2, None) if cell == "lstm" else -1
         return lambda *args: forward(*args[:-1], True)[kept]
     kind, _, way = way.rpartition("_")
-    if not kind:
+    if kind not in ("both", "packed"):
         return load(op)
     reference, single = importlib.import_module("fastrnn.reference"), f"{cell}_{way}"
     return functools.partial(getattr(reference, kind), load(single), reference.parameters(single))
