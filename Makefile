@@ -48,7 +48,7 @@ test: build
 gpu: setup
 	@$(BIN)/python -m bench.gpu $(ARGS)
 
-sanitize:
+sanitize: build
 	@echo "sanitize: compiling and running tests/native (over 10 minutes of processor time)"
 	@$(call quiet,sanitize,tests/native/sanitize && tests/native/sanitize_cuda)
 	@grep -a ' holds$$\|left out' build/sanitize.log

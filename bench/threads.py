@@ -4,7 +4,7 @@ What could be had is measured with it: as many processes as threads, each with a
 share nothing but the machine ("apart"). All settings take turns, so that what else the machine does meets each. A
 token's cost is the slope between two lengths, as in `bench.generate`, whose networks and numbers of rows these are.
 
-    python -m bench.threads [--threads 2] [--models M ...] [--batches B ...] [--output bench/results/threads.csv]
+    python -m bench.threads [--threads 2] [--quick] [--models M ...] [--batches B ...] [--output CSV]
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def others(count: int, model: str, batch: int, name: str) -> Iterator[Callable[[
             process.wait()
 
 
-def measure(model: str, batch: int, threads: int) -> list[dict]:
+def measure(model: str, batch: int, threads: int, pace: dict) -> list[dict]:
     """The rows of one network and number of rows, in each precision; the ratios are printed."""
     network, found = build(MODELS[model]), []
     sizes = {"B": batch, "H": network.config.hidden_size, "L": network.config.num_layers}
@@ -90,7 +90,7 @@ def measure(model: str, batch: int, threads: int) -> list[dict]:
         on = functools.partial(loop_on, network=network, batch=batch, keywords=keywords)
         with others(threads - 1, model, batch, name) as beside:
             loops = {"one": on(1), "many": on(threads), "apart": beside(on(1))}
-            costs = possible(slopes(loops, time.perf_counter, rounds=7, seconds=0.15, budget=12.0))
+            costs = possible(slopes(loops, time.perf_counter, **pace))
         if len(costs) < len(loops):
             continue
         rates = {}
@@ -110,6 +110,7 @@ def measure(model: str, batch: int, threads: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 256])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "threads.csv")
@@ -118,10 +119,11 @@ def main() -> None:
     if options.keep_busy:
         model, batch, name = options.keep_busy
         keep_busy(model, int(batch), name)
-    rows = []
+    rows, pace = [], {"rounds": 7, "seconds": 0.15, "budget": 12.0}
+    pace = {"rounds": 3, "seconds": 0.01} if options.quick else pace
     for model in options.models:
         for batch in options.batches:
-            rows += measure(model, batch, options.threads)
+            rows += measure(model, batch, options.threads, pace)
             write_csv(options.output, rows)
     print(f"wrote {options.output}")
 

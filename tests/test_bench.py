@@ -96,7 +96,7 @@ def test_the_best_peer_is_never_ours():
     [
         ("sequence", ["--quick"]),
         ("sample", ["--quick"]),
-        ("threads", ["--models", *generate.QUICK["models"], "--batches", "3"]),
+        ("threads", ["--quick", "--models", *generate.QUICK["models"], "--batches", "3"]),
     ],
 )
 def test_the_others_write_their_columns(script, arguments, tmp_path):

@@ -38,7 +38,7 @@ def backward_arguments(cell, a):
 
 @pytest.mark.parametrize(("kind", "masked"), [("lstm-proj", True), ("gru", False), ("rnn-tanh", True)])
 def test_opcheck(kind, masked):
-    cell, a = both_arguments(kind, masked=masked, bias=masked)
+    cell, a = both_arguments(kind, masked=masked, bias=masked, time=2)
     forward, backward = (getattr(torch.ops.fastrnn, f"{cell}_both_{way}").default for way in ("forward", "backward"))
     opcheck(forward, in_order(f"{cell}_both_forward", a))
     values = backward_arguments(cell, a)

@@ -86,7 +86,7 @@ def test_bfloat16_weights_cost_what_bfloat16_costs(isa: str, cell: str, set_isa)
     set_isa(isa)
     for hidden, kind in ((33, "embedding"), (70, "onehot"), (64, "scalar")):
         network = make(40, hidden_size=hidden, cell=cell, input=kind, sharpen=2)
-        asked = requests(40, 40)
+        asked = requests(12, 40)
         done = run(network, asked, dtype=torch.bfloat16)
         exact, plain = (replayed(network, asked, done, dtype) for dtype in (torch.float64, torch.bfloat16))
         oracle.assert_close(logprobs(done), exact, plain, f"H={hidden} {kind}")

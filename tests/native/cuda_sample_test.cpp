@@ -90,7 +90,7 @@ int main(int, char** arguments) {
     for (const int64_t votes : {1, 7, 150})
       for (int kind = 0; kind < 6; ++kind) {
         if ((few && (V > 300 || votes > 7)) || (V > 300 && votes > 7)) continue;
-        Rows rows(few || V > 300 ? 4 : 16, V, votes, kind, random);
+        Rows rows(few || V > 300 || votes > 7 ? 4 : 16, V, votes, kind, random);
         cuda_on_cpu::options.order = static_cast<cuda_on_cpu::Order>(kind % 3);
         compare(rows, kind % 2 == 0);
         count += rows.B;
