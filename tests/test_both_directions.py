@@ -28,12 +28,13 @@ def in_order(op, a):
     return [a[name] for name in ARGUMENTS[op]]
 
 
-def backward_arguments(cell, a):
-    op = f"{cell}_both_forward"
+def backward_arguments(cell, a, rows="both"):
+    """Arguments of the backward op that follow a call of the reference's forward, of both directions or `packed`."""
+    op = f"{cell}_{rows}_forward"
     named = a | dict(zip(RESULTS[op], getattr(reference, op)(*in_order(op, a))))
     named |= {"dy": torch.randn_like(named["y"]), "dhn": torch.randn_like(named["hn"])}
     named |= {"dcn": torch.randn_like(named["cn"])} if cell == "lstm" else {}
-    return [v.detach() if torch.is_tensor(v) else v for v in in_order(f"{cell}_both_backward", named)]
+    return [v.detach() if torch.is_tensor(v) else v for v in in_order(f"{cell}_{rows}_backward", named)]
 
 
 @pytest.mark.parametrize(("kind", "masked"), [("lstm-proj", True), ("gru", False), ("rnn-tanh", True)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_both_directions import CELLS, both_arguments
+from test_both_directions import CELLS, backward_arguments, both_arguments, in_order
 from test_ops import BACKENDS
 from torch.library import opcheck
 from torch.nn.utils.rnn import PackedSequence
@@ -28,24 +28,12 @@ def packed_arguments(kind, dtype=torch.float64, directions=2, lengths=LENGTHS, m
     return cell, a
 
 
-def in_order(op, a):
-    return [a[name] for name in ARGUMENTS[op]]
-
-
-def backward_arguments(cell, a):
-    op = f"{cell}_packed_forward"
-    named = a | dict(zip(RESULTS[op], getattr(reference, op)(*in_order(op, a))))
-    named |= {"dy": torch.randn_like(named["y"]), "dhn": torch.randn_like(named["hn"])}
-    named |= {"dcn": torch.randn_like(named["cn"])} if cell == "lstm" else {}
-    return [v.detach() if torch.is_tensor(v) else v for v in in_order(f"{cell}_packed_backward", named)]
-
-
 @pytest.mark.parametrize(("kind", "directions"), [("lstm-proj", 2), ("gru", 1), ("rnn-tanh", 2)])
 def test_opcheck(kind, directions):
     cell, a = packed_arguments(kind, directions=directions)
     forward, backward = (getattr(torch.ops.fastrnn, f"{cell}_packed_{way}").default for way in ("forward", "backward"))
     opcheck(forward, in_order(f"{cell}_packed_forward", a))
-    values = backward_arguments(cell, a)
+    values = backward_arguments(cell, a, "packed")
     opcheck(backward, [v.requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for v in values])
 
 
@@ -72,7 +60,7 @@ def test_every_backend_equals_the_oracle(kind, backend):
     cell, a = packed_arguments(kind, torch.float32, lengths=torch.tensor([7, 4, 4]), inputs=4, hidden=9)
     a = {n: v.detach() if torch.is_tensor(v) else v for n, v in a.items()}
     given = {f"{cell}_packed_forward": in_order(f"{cell}_packed_forward", a)}
-    given[f"{cell}_packed_backward"] = backward_arguments(cell, a)
+    given[f"{cell}_packed_backward"] = backward_arguments(cell, a, "packed")
     with fastrnn.backend(backend):
         for op, values in given.items():
             check(getattr(torch.ops.fastrnn, op), getattr(reference, op), values, op)
