@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn import reference
-from fastrnn.library import ARGUMENTS, GRADIENTS, RESULTS
+from fastrnn.library import GRADIENTS, RESULTS
 from oracle import assert_close, check
 
 LENGTHS = torch.tensor([3, 1])
