@@ -210,16 +210,17 @@ def _kernels_win(call: Call) -> bool:
 def _few_steps(call: Call) -> bool:
     """Where packing the weights of a GRU or RNN takes longer than its steps win back (bench/results/short.csv).
 
-    Packing grows with H^2; what a step wins is the less the fewer rows share its weights, for then both wait for
-    memory. In training the product of all steps' outer products wins more, and PyTorch's bfloat16 is slow.
+    What a step wins is the less the fewer rows share its weights and the less of them a core's caches hold, for then
+    both wait for memory. In training one product of all steps wins more, and PyTorch's bfloat16 is slow.
     """
     if call.op == "lstm":
         return False
+    hidden = min(call.hidden, 1024)  # beyond, packing and a step grow alike
     if call.dtype == torch.bfloat16:
-        return call.op == "gru" and call.time * 512 <= call.hidden
+        return call.op == "gru" and call.time * 512 <= hidden
     if call.needs_grad:
-        return call.time * 256 <= call.hidden
-    return call.time * call.batch**0.5 < call.hidden / 48
+        return call.time * 256 <= hidden
+    return call.time * call.batch**0.5 < hidden / 48
 
 
 def _little_work(call: Call) -> bool:

@@ -100,8 +100,9 @@ def test_the_best_peer_is_never_ours():
     ],
 )
 def test_the_others_write_their_columns(script, arguments, tmp_path):
-    run(script, *arguments, "--output", str(tmp_path / "out.csv"))
-    rows(tmp_path / "out.csv")
+    printed = run(script, *arguments, "--output", str(tmp_path / "out.csv"))
+    if "machine is too busy" not in printed:  # then it has left out rows, and said so
+        rows(tmp_path / "out.csv")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
