@@ -167,6 +167,15 @@ def inside(p_offsets, m, exists):
 
 
 @triton.jit
+def in_memory(p_offsets, p_lengths, length, m_b, m, s, steps, backwards):
+    """The sequences and the elements whose rows of the s-th step taken memory has; none where all have been taken."""
+    if p_offsets is None:
+        return m_b & (steps > s), m & (steps > s)
+    else:
+        return at_step(p_offsets, p_lengths, length, m_b, m, s, steps, backwards)
+
+
+@triton.jit
 def at_step(p_offsets, p_lengths, length, m_b, m, s, steps, backwards):
     """Which sequences have the s-th step taken, and the elements of its rows; none where all steps have been taken."""
     exists = has_step(p_lengths, length, m_b, s, steps, backwards) & (steps > s)

@@ -19,6 +19,7 @@ from .cell_math import (
     counted,
     finish_state,
     has_step,
+    in_memory,
     input_rows,
     inside,
     is_first,
@@ -248,28 +249,28 @@ def resident_backward_kernel(
     against = reverse == 0
     steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
     row_next = next_row(p_offsets, row, base, 1, steps, B, against)
-    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
-    follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, 1, steps, against)
-    fresh_next = load_fresh(p_reset, row, o_b, exists)
+    follows, there = in_memory(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
+    follows, m_next = in_memory(p_offsets, p_lengths, length, m_b, m, 1, steps, against)
+    fresh_next = load_fresh(p_reset, row, o_b, follows)
     r, z, n, q = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), there, H)
     dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), there, other=0.0)
     before = tl.load(tile_of(p_y, row_next, o_b, o_h, H), m_next, other=0.0)
     for s in range(steps):
-        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, against)
+        exists = has_step(p_lengths, length, m_b, s, steps, against)
         first, fresh = is_first(step_index(s, steps, against), length, reverse), fresh_next
         h_prev = unless(fresh, tl.where(first[:, None], h0, before.to(tl.float32)))
         da_r, da_z, dq, dn, direct = cell_gradient(
             tl.where(exists[:, None], dh + dy.to(tl.float32), 0.0), r.to(tl.float32), z.to(tl.float32),
             n.to(tl.float32), q.to(tl.float32), h_prev,
         )  # fmt: skip
-        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
+        follows, m_next = in_memory(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
         fresh_next = load_fresh(p_reset, row_next, o_b, follows)  # of the next step, early
         r, z, n, q = load_gates(tile_of(p_gates, row_next, o_b, o_h, 4 * H), m_next, H)
         dy = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m_next, other=0.0)
         row_after = next_row(p_offsets, row_next, base, s + 2, steps, B, against)
-        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 2, steps, against)
+        follows, m_next = in_memory(p_offsets, p_lengths, length, m_b, m, s + 2, steps, against)
         before = tl.load(tile_of(p_y, row_after, o_b, o_h, H), m_next, other=0.0)
-        store_gradients(p_dgh, p_dn, row, o_b, o_h, there, da_r, da_z, dq, dn, H)
+        store_gradients(p_dgh, p_dn, row, o_b, o_h, inside(p_offsets, m, exists), da_r, da_z, dq, dn, H)
         back = tl.dot(unless(fresh, da_r).to(w_r.dtype), w_r, unless(fresh, direct), input_precision=PRECISION)
         back = tl.dot(unless(fresh, da_z).to(w_r.dtype), w_z, back, input_precision=PRECISION)
         back = tl.dot(unless(fresh, dq).to(w_r.dtype), w_n, back, input_precision=PRECISION)

@@ -20,6 +20,7 @@ from .cell_math import (
     copy_tiles,
     finish_state,
     has_step,
+    in_memory,
     input_rows,
     inside,
     is_first,
@@ -227,24 +228,23 @@ def resident_backward_kernel(
     """
     d, reverse, local_b, first_b = place_of(tl.program_id(0), B, BB, DIRECTION)
     o_b, o_h, p_w = tl.arange(0, BB), tl.arange(0, BH), p_w + d * 4 * H * H
-    m_b = local_b + o_b < B
+    m_b, against = local_b + o_b < B, reverse == 0
     m = m_b[:, None] & (o_h < H)[None, :]
     w_i, w_f = load_weight(p_w, o_h, o_h, H, H, H, 1), load_weight(p_w + H * H, o_h, o_h, H, H, H, 1)
     w_g, w_o = load_weight(p_w + 2 * H * H, o_h, o_h, H, H, H, 1), load_weight(p_w + 3 * H * H, o_h, o_h, H, H, H, 1)
     dh, dc = load_float(tile_of(p_dhn, first_b, o_b, o_h, H), m), load_float(tile_of(p_dcn, first_b, o_b, o_h, H), m)
     c0, length = load_float(tile_of(p_c0, first_b, o_b, o_h, H), m), load_lengths(p_lengths, local_b, o_b, m_b, T)
-    against = reverse == 0
     steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
     row_next = next_row(p_offsets, row, base, 1, steps, B, against)
-    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
-    follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, 1, steps, against)
-    fresh_next = load_fresh(p_reset, row, o_b, exists)
+    follows, there = in_memory(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
+    follows, m_next = in_memory(p_offsets, p_lengths, length, m_b, m, 1, steps, against)
+    fresh_next = load_fresh(p_reset, row, o_b, follows)
     i, f, g, o = load_gates(tile_of(p_gates, row, o_b, o_h, 4 * H), there, H)
     dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), there, other=0.0)
     c = tl.load(tile_of(p_cells, row, o_b, o_h, H), there, other=0.0)
     before = tl.load(tile_of(p_cells, row_next, o_b, o_h, H), m_next, other=0.0)
     for s in range(steps):
-        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, against)
+        exists = has_step(p_lengths, length, m_b, s, steps, against)
         first, fresh = is_first(step_index(s, steps, against), length, reverse), fresh_next
         c_prev = unless(fresh, tl.where(first[:, None], c0, before.to(tl.float32)))
         dh_t = tl.where(exists[:, None], dh + dy.to(tl.float32), 0.0)
@@ -252,14 +252,14 @@ def resident_backward_kernel(
             dh_t, tl.where(exists[:, None], dc, 0.0), i.to(tl.float32), f.to(tl.float32), g.to(tl.float32),
             o.to(tl.float32), c.to(tl.float32), c_prev,
         )  # fmt: skip
-        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
+        follows, m_next = in_memory(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
         fresh_next = load_fresh(p_reset, row_next, o_b, follows)  # of the next step, early
         i, f, g, o = load_gates(tile_of(p_gates, row_next, o_b, o_h, 4 * H), m_next, H)
         dy, c = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m_next, other=0.0), before
         row_after = next_row(p_offsets, row_next, base, s + 2, steps, B, against)
-        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 2, steps, against)
+        follows, m_next = in_memory(p_offsets, p_lengths, length, m_b, m, s + 2, steps, against)
         before = tl.load(tile_of(p_cells, row_after, o_b, o_h, H), m_next, other=0.0)
-        store_gates(tile_of(p_dgx, row, o_b, o_h, 4 * H), there, da_i, da_f, da_g, da_o, H)
+        store_gates(tile_of(p_dgx, row, o_b, o_h, 4 * H), inside(p_offsets, m, exists), da_i, da_f, da_g, da_o, H)
         back = tl.dot(unless(fresh, da_i).to(w_i.dtype), w_i, input_precision=PRECISION)
         back = tl.dot(unless(fresh, da_f).to(w_i.dtype), w_f, back, input_precision=PRECISION)
         back = tl.dot(unless(fresh, da_g).to(w_i.dtype), w_g, back, input_precision=PRECISION)

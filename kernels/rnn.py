@@ -18,6 +18,7 @@ from .cell_math import (
     copy_tiles,
     finish_state,
     has_step,
+    in_memory,
     input_rows,
     inside,
     load_bias,
@@ -74,7 +75,8 @@ def resident_forward_kernel(
     h = unless(load_fresh(p_reset, row, o_b, exists), h)
     x = tl.load(tile_of(p_gx, row, o_b, o_h, H), there, other=0.0)
     for s in range(steps):
-        (exists, there), a = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, reverse), x.to(tl.float32)
+        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, reverse)
+        a = x.to(tl.float32)
         # Of the next step, early.
         row_next = next_row(p_offsets, row, base, s + 1, steps, B, reverse)
         follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, reverse)
@@ -168,15 +170,16 @@ def resident_backward_kernel(
     length = load_lengths(p_lengths, local_b, o_b, m_b, T)
     against = reverse == 0
     steps, base, row = span_of(p_offsets, p_lengths, d, local_b, T, B, against)
-    exists, there = at_step(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
-    fresh_next = load_fresh(p_reset, row, o_b, exists)
+    follows, there = in_memory(p_offsets, p_lengths, length, m_b, m, 0, steps, against)
+    fresh_next = load_fresh(p_reset, row, o_b, follows)
     dy = tl.load(tile_of(p_dy, row, o_b, o_h, H), there, other=0.0)
     y = tl.load(tile_of(p_y, row, o_b, o_h, H), there, other=0.0)
     for s in range(steps):
-        (exists, there), fresh = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, against), fresh_next
+        exists, there = at_step(p_offsets, p_lengths, length, m_b, m, s, steps, against)
+        fresh = fresh_next
         da = tl.where(exists[:, None], (dh + dy.to(tl.float32)) * slope(y.to(tl.float32), RELU), 0.0)
         row_next = next_row(p_offsets, row, base, s + 1, steps, B, against)
-        follows, m_next = at_step(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
+        follows, m_next = in_memory(p_offsets, p_lengths, length, m_b, m, s + 1, steps, against)
         fresh_next = load_fresh(p_reset, row_next, o_b, follows)  # of the next step, early
         dy = tl.load(tile_of(p_dy, row_next, o_b, o_h, H), m_next, other=0.0)
         y = tl.load(tile_of(p_y, row_next, o_b, o_h, H), m_next, other=0.0)
