@@ -211,15 +211,17 @@ def _few_steps(call: Call) -> bool:
     """Where packing the weights of a GRU or RNN takes longer than its steps win back (bench/results/short.csv).
 
     What a step wins is the less the fewer rows share its weights and the less of them a core's caches hold, for then
-    both wait for memory. In training one product of all steps wins more, and PyTorch's bfloat16 is slow.
+    both wait for memory. In training one product of all steps wins more, and PyTorch's bfloat16 is slow. Of "cpu" and
+    "aten" the table has both; its "auto" is of a rule that gave "aten" fewer steps in training.
     """
     if call.op == "lstm":
         return False
     hidden = min(call.hidden, 1024)  # beyond, packing and a step grow alike
-    if call.dtype == torch.bfloat16:
-        return call.op == "gru" and call.time * 512 <= hidden
+    half = call.dtype == torch.bfloat16
     if call.needs_grad:
-        return call.time * 256 <= hidden
+        return call.time * (256 if half else 200) <= hidden
+    if half:
+        return call.op == "gru" and call.time * 512 <= hidden
     return call.time * call.batch**0.5 < hidden / 48
 
 

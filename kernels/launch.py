@@ -51,10 +51,8 @@ def check_shapes(cell: str, given: dict[str, Any]) -> tuple[int, int, int, int]:
     if x.dim() != 3 or h0.dim() < 2 or ways not in ((), (2,)):
         needed = "(B, H), or (2, B, H) for both directions"
         raise RuntimeError(f"{op}: x must be (T, B, I) and h0 {needed}, got {tuple(x.shape)} and {tuple(h0.shape)}")
-    (batch, width), inputs, rows = h0.shape[-2:], x.shape[-1], tuple(x.shape[:2])
-    time = rows[0] if given.get("offsets") is None else given["offsets"].numel() - 1
-    if given.get("offsets") is None and rows[1] != batch:
-        raise RuntimeError(f"{op}: h0 must have the B={rows[1]} sequences of x, got {tuple(h0.shape)}")
+    width, inputs, rows, offsets = h0.shape[-1], x.shape[-1], tuple(x.shape[:2]), given.get("offsets")
+    time, batch = rows if offsets is None else (offsets.numel() - 1, h0.shape[-2])
     hidden = given["c0"].shape[-1] if cell == "lstm" else width
     units, kept = GATES[cell] * hidden, 4 * hidden
     shapes = dict(

@@ -40,12 +40,12 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def rows(path: Path) -> list[dict]:
+def rows(path: Path, some: bool = True) -> list[dict]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         found = list(reader)
         assert tuple(reader.fieldnames or ()) == timing.COLUMNS
-    assert found
+    assert found or not some
     assert all(float(row["p20"]) <= float(row["median"]) <= float(row["p80"]) for row in found)
     return found
 
@@ -101,8 +101,7 @@ def test_the_best_peer_is_never_ours():
 )
 def test_the_others_write_their_columns(script, arguments, tmp_path):
     printed = run(script, *arguments, "--output", str(tmp_path / "out.csv"))
-    if "machine is too busy" not in printed:  # then it has left out rows, and said so
-        rows(tmp_path / "out.csv")
+    rows(tmp_path / "out.csv", some="machine is too busy" not in printed)  # which leaves rows out and says so
 
 
 @pytest.mark.parametrize("batch", [1, 3])
