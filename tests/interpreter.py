@@ -8,6 +8,8 @@ TRITON_INTERPRET=1 in its environment before Triton is imported. What it repairs
 * A comparison of two scalars is labelled with the type of the scalars, and its broadcast is then no mask any more.
 * float32 products with TF32 operands are taken exactly by the interpreter; here operands are rounded as the tensor
   cores round them, for one product ("tf32") or three ("tf32x3").
+* At every call of a function by another the interpreter looks through Triton's language for what it must replace, which
+  takes more time than the call; here a module is gone through once, and stays as it is then.
 * Programs run one after another, so a program that waits for others waits for ever. Launches with
   ``launch_cooperative_grid=True`` run theirs as threads of which one runs at a time; at each atomic operation another
   takes over, picked at random by a seed, so that a missing or wrong barrier shows in some order.
@@ -57,6 +59,7 @@ def install() -> None:
     builder = type(interpreter.interpreter_builder)
     _repair_bfloat16(builder, interpreter, tl)
     _repair_dot(builder, interpreter, tl)
+    _patch_language_once(interpreter, tl)
     _run_cooperative_grids(builder, interpreter)
 
 
@@ -126,6 +129,19 @@ def _parts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     big = as_tf32(values)
     with np.errstate(invalid="ignore"):
         return big, np.nan_to_num(as_tf32(values - big), nan=0.0)
+
+
+def _patch_language_once(interpreter, tl) -> None:
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        needed = {m.__name__ for m in function.__globals__.values() if m is tl or m is tl.core}
+        if not needed or needed - patched:  # without either module the interpreter says what is missing
+            patch(function)
+            patched.update(needed)
+        return interpreter._LangPatchScope()  # of no change: nothing is taken back after the launch
+
+    interpreter._patch_lang = patch_once
 
 
 # --- grids whose programs wait for one another ------------------------------------------------------------------------
