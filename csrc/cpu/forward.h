@@ -6,34 +6,59 @@ namespace FR_ISA {
 
 // One step of some rows, as the tiles of a cell see it: rows m < count with their numbers in the batch, the h each
 // starts from and its part of gx.
-template <class S> struct Step {
+template <class S, int G> struct Step {
   int64_t t, count;
-  int64_t K;  // elements of h that are still to be multiplied: P, or 0 where gx has them all
   const int64_t* b;
   const S* const* h;
-  int64_t p0, p1;        // the panels to compute
-  const Real<S>* w_hh;   // of those panels
-  const Real<S>* gx;     // of this step and those panels
-  int64_t panel_stride;  // of gx, in elements
-  const int64_t* place;  // of row m within gx
+  int64_t p0, p1;                // the panels to compute
+  const CellMatrix<S, G>* w_hh;  // of those panels, or null: gx has the products with h
+  const Real<S>* gx;             // of this step and those panels
+  int64_t panel_stride;          // of gx, in elements
+  const int64_t* place;          // of row m within gx
+
+  // acc += W_hh h for the rows m .. m + MR and panel p.
+  template <int MR>
+  FR_INLINE void multiply(int64_t p, int64_t m, const S* const (&rows)[MR],
+                          Vec<Real<S>> (&acc)[MR][CellWeights<S, G>::PV]) const {
+    if (w_hh) w_hh->multiply(p - p0, m, count, rows, acc);
+  }
 };
+
+// Steps of so many rows whose gx may stay in a core's own cache.
+template <class S, int G> static int64_t steps_at_once(const Sequence<S>& q, int64_t rows, int64_t panels) {
+  constexpr int64_t cache_bytes = 512 * 1024;
+  const int64_t row_bytes = panels * Products<S, G>::row_elements * static_cast<int64_t>(sizeof(Real<S>));
+  const int64_t fit = cache_bytes / (rows * row_bytes);
+  return fit < 1 ? 1 : fit < q.T ? fit : q.T;
+}
+
+// What is used often enough to be packed ahead, by the rows of a block; measured (bench/results/short.csv). One row's
+// products wait for weights from beyond the core's own caches, and hide many transpositions.
+template <class S, int G> static PackedAhead worth_packing(const Sequence<S>& q, int64_t rows) {
+  constexpr int64_t cache_bytes = 2 * 1024 * 1024, uses_ih = 3, uses_hh = 4, row_uses_hh = 24;
+  const int64_t blocks = (q.B + rows - 1) / rows, chunk = steps_at_once<S, G>(q, rows, CellWeights<S, G>::panels_of(q));
+  const bool far = G * q.H * q.P * static_cast<int64_t>(sizeof(S)) > cache_bytes;
+  return {(q.T + chunk - 1) / chunk * blocks > uses_ih, q.T * blocks > uses_hh && !(far && q.T * q.B <= row_uses_hh)};
+}
 
 // Runs the steps of the rows b0 .. b1 for the panels of w: cell.step(Step) computes the rows that take part,
 // cell.skip(t, b) writes what the others leave. `y` holds every step's h, which the next step reads.
 template <class S, int G, class Cell>
 static void forward_block(const CellWeights<S, G>& w, int64_t b0, int64_t b1, const S* y, const Cell& cell) {
   using F = Real<S>;
-  constexpr int64_t cache_bytes = 512 * 1024;  // what gx may take of a core's own cache
   const Sequence<S>& q = w.q;
   const int64_t rows = b1 - b0, panels = w.p1 - w.p0, row_elements = Products<S, G>::row_elements;
-  const int64_t fit = cache_bytes / (rows * panels * row_elements * static_cast<int64_t>(sizeof(F)));
-  const int64_t chunk = fit < 1 ? 1 : fit < q.T ? fit : q.T;
+  const int64_t chunk = steps_at_once<S, G>(q, rows, panels);
   const Scratch<F> gx(chunk * rows * panels * row_elements);
   const Scratch<S> zeros(q.P);
   const Scratch<const S*> x(chunk * rows), h(rows), all_h(rows);
   const Scratch<int64_t> b_of(rows), place(rows);
   zero(zeros.get(), q.P);
-  const Products<S, G> products{w};
+  const int64_t I = w.ahead.ih ? 0 : q.I, P = w.ahead.hh ? 0 : q.P;
+  const Scratch<F> room(on_tiles<S> ? 0 : CellWeights<S, G>::PV * Vec<F>::width * (I > P ? I : P));
+  const CellMatrix<S, G> w_ih{w, q.w_ih, q.I, w.w_ih.get(), room.get()};
+  const CellMatrix<S, G> w_hh{w, q.w_hh, q.P, w.w_hh.get(), room.get()};
+  const Products<S, G> products{w, w_ih};
   int64_t chunk_rows = 0;
   for (int64_t s = 0; s < q.T; ++s) {
     if (s % chunk == 0) {
@@ -55,8 +80,8 @@ static void forward_block(const CellWeights<S, G>& w, int64_t b0, int64_t b1, co
         cell.skip(t, b);
     }
     products.hidden(rows, all_h.get(), gx_now, panel_stride);
-    cell.step(Step<S>{t, count, on_tiles<S> ? 0 : q.P, b_of.get(), h.get(), w.p0, w.p1, w.w_hh.get(), gx_now,
-                      panel_stride, place.get()});
+    cell.step(Step<S, G>{t, count, b_of.get(), h.get(), w.p0, w.p1, on_tiles<S> ? nullptr : &w_hh, gx_now, panel_stride,
+                         place.get()});
   }
 }
 
@@ -161,7 +186,7 @@ static void forward_step(const Sequence<S>& q, int64_t p0, int64_t p1, const Cel
     for (int64_t m = 1; m < count; ++m) copy(gx.get(), width, gx.get() + m * width);
     for (int64_t n = 0; n < Weights::sums; ++n)
       add_step_products<S, G>(q, p, n, count, x.get(), h.get(), gx.get() + n * Vec<Real<S>>::width, width);
-    cell.step(Step<S>{0, count, 0, b_of.get(), h.get(), p, p + 1, nullptr, gx.get(), 0, place.get()});
+    cell.step(Step<S, G>{0, count, b_of.get(), h.get(), p, p + 1, nullptr, gx.get(), 0, place.get()});
   }
 }
 
@@ -182,12 +207,14 @@ static void forward_steps(const Sequence<S>& q, int64_t multiply_adds, const S* 
       forward_block(w, b0 + (b1 - b0) * i / count, b0 + (b1 - b0) * (i + 1) / count, y, cell);
   };
   if (q.T != 1) {
-    const CellWeights<S, G> w(q, 0, panels);
+    if (q.T * q.B == 0) return;
+    const int64_t share = (q.B + q.pool.threads - 1) / q.pool.threads;  // of a thread
+    const CellWeights<S, G> w(q, 0, panels, worth_packing<S, G>(q, share < most ? share : most));
     return split(q.pool, q.B, multiply_adds, [&](int64_t b0, int64_t b1) { blocks(w, b0, b1); });
   }
   split(q.pool, panels, multiply_adds, [&](int64_t p0, int64_t p1) {
     if constexpr (on_tiles<S>)
-      for (int64_t p = p0; p < p1; ++p) blocks(CellWeights<S, G>(q, p, p + 1), 0, q.B);
+      for (int64_t p = p0; p < p1; ++p) blocks(CellWeights<S, G>(q, p, p + 1, {true, true}), 0, q.B);
     else
       forward_step<S, G>(q, p0, p1, cell);
   });

@@ -29,7 +29,7 @@ namespace FR_ISA {
 // Limits: none.
 template <class S> struct GruTile {
   const GruForward<S>& call;
-  const Step<S>& step;
+  const Step<S, 3>& step;
   template <int MR> void run(int64_t p, int64_t m) const {
     using V = Vec<Real<S>>;
     const int64_t H = call.in.H, j = p * V::width, n = H - j;
@@ -41,8 +41,7 @@ template <class S> struct GruTile {
       h[i] = step.h[m + i];
       acc[i][0] = load(gx), acc[i][1] = load(gx + V::width), acc[i][2] = load(gx + 3 * V::width);
     }
-    panel_product<Real<S>, MR, 1, 3>(step.w_hh + (p - step.p0) * step.K * 3 * V::width, 0, h, step.K, acc,
-                                     next_panel<Real<S>, MR, 3>(step.w_hh, step.p1 - step.p0, step.K, p - step.p0, m));
+    step.template multiply<MR>(p, m, h, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const Real<S>* xn = step.gx + (p - step.p0) * step.panel_stride + (step.place[m + i] * 4 + 2) * V::width;
@@ -63,7 +62,7 @@ template <class S> struct GruTile {
 // What forward_steps needs of the cell.
 template <class S> struct GruSteps {
   const GruForward<S>& call;
-  void step(const Step<S>& s) const { each_tile<3>(s.p0, s.p1, s.count, GruTile<S>{call, s}); }
+  void step(const Step<S, 3>& s) const { each_tile<3>(s.p0, s.p1, s.count, GruTile<S>{call, s}); }
   void skip(int64_t t, int64_t b) const {
     const int64_t at = t * call.in.B + b, H = call.in.H;
     zero(call.y + at * H, H);

@@ -29,7 +29,7 @@ namespace FR_ISA {
 // Limits: none.
 template <class S> struct LstmTile {
   const LstmForward<S>& call;
-  const Step<S>& step;
+  const Step<S, 4>& step;
   Real<S>* c_rows;  // (B, H)
   S* m_rows;        // (B, H) where there is a projection
   template <int MR> void run(int64_t p, int64_t m) const {
@@ -44,8 +44,7 @@ template <class S> struct LstmTile {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[i][v] = load(gx + v * V::width);
     }
-    panel_product<Real<S>, MR, 1, 4>(step.w_hh + (p - step.p0) * step.K * 4 * V::width, 0, h, step.K, acc,
-                                     next_panel<Real<S>, MR, 4>(step.w_hh, step.p1 - step.p0, step.K, p - step.p0, m));
+    step.template multiply<MR>(p, m, h, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const int64_t b = step.b[m + i], at = step.t * call.in.B + b;
@@ -72,7 +71,7 @@ template <class S> struct LstmSteps {
   Real<S>* c;
   S* m;
 
-  void step(const Step<S>& s) const {
+  void step(const Step<S, 4>& s) const {
     each_tile<4>(s.p0, s.p1, s.count, LstmTile<S>{call, s, c, m});
     if (w_hr && call.in.T > 1) project(s.t, s.count, s.b);
   }

@@ -14,18 +14,20 @@ namespace FR_ISA {
 FR_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Row `lane` of vector n of panel p is row_of(p, n, lane) of the matrix w (rows, K), or none where that is negative.
-// Packs the panels p0 .. p1 of `out`, which takes K * NV * width elements a panel.
+// Packs the panels p0 .. p1 of `out`, which takes K * NV * width elements a panel. While a vector's rows are read the
+// next one's are asked for: so many rows at once are more than what the processor foresees by itself.
 template <class S, class RowOf>
 static void pack_panels(const S* w, int64_t K, int64_t p0, int64_t p1, int64_t NV, RowOf row_of, Real<S>* out) {
   using V = Vec<Real<S>>;
   constexpr int64_t W = V::width;
   for (int64_t p = p0; p < p1; ++p)
     for (int64_t n = 0; n < NV; ++n) {
-      const S* rows[W];
+      const S *rows[W], *next[W];
       bool all = true;
       for (int64_t lane = 0; lane < W; ++lane) {
-        const int64_t row = row_of(p, n, lane);
+        const int64_t row = row_of(p, n, lane), after = n + 1 < NV ? row_of(p, n + 1, lane) : row_of(p + 1, 0, lane);
         rows[lane] = row < 0 ? nullptr : w + row * K;
+        next[lane] = after < 0 ? w : w + after * K;
         all = all && row >= 0;
       }
       Real<S>* to = out + (p * K * NV + n) * W;
@@ -34,7 +36,10 @@ static void pack_panels(const S* w, int64_t K, int64_t p0, int64_t p1, int64_t N
         const int64_t count = K - k < W ? K - k : W;
         if (all && count == W) {
 #pragma GCC unroll 16
-          for (int lane = 0; lane < W; ++lane) block[lane] = load(rows[lane] + k);
+          for (int lane = 0; lane < W; ++lane) {
+            block[lane] = load(rows[lane] + k);
+            __builtin_prefetch(next[lane] + k, 0, 2);
+          }
           transpose(block);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) block[i].store(to + (k + i) * NV * W);
@@ -95,6 +100,47 @@ FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* con
       for (int n = 0; n < PN * PV; ++n) acc[m][n] = fma(av, wv[n], acc[m][n]);
     }
     w += PV * V::width;
+  }
+}
+
+// The same for one panel of a matrix as it lies, row `lane` of vector n at rows[n][lane]: blocks of it are transposed
+// in registers. Meanwhile the next vector's rows are asked for, after the last one's those `ahead` elements after the
+// first's. Owns:   as panel_product. Keeps:  MR accumulators and a block of width vectors. Moves:  PV * width elements
+// of w and MR elements of a for each k. Syncs:  nothing. Limits: none.
+template <int MR, int PV, class S>
+static void panel_product_in_place(const S* const (&rows)[PV][Vec<Real<S>>::width], int64_t ahead,
+                                   const S* const (&a)[MR], int64_t K, Vec<Real<S>> (&acc)[MR][PV]) {
+  using V = Vec<Real<S>>;
+  constexpr int W = V::width;
+  for (int n = 0; n < PV; ++n) {
+    const bool last = n + 1 == PV;
+    V sum[MR];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) sum[m] = acc[m][n];
+    const auto add = [&](const V& w, int64_t k) {
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) sum[m] = fma(V(widen(a[m][k])), w, sum[m]);
+    };
+    int64_t k = 0;
+    for (; k + W <= K; k += W) {
+      V block[W];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < W; ++lane) {
+        block[lane] = load(rows[n][lane] + k);
+        __builtin_prefetch((last ? rows[0][lane] + ahead : rows[n + 1][lane]) + k, 0, 2);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) add(block[i], k + i);
+    }
+    if (k < K) {
+      V block[W];
+      for (int lane = 0; lane < W; ++lane) block[lane] = load(rows[n][lane] + k, K - k);
+      transpose(block);
+      for (int64_t i = 0; k + i < K; ++i) add(block[i], k + i);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) acc[m][n] = sum[m];
   }
 }
 

@@ -110,6 +110,12 @@ template <class S> class PackedMatrix {
 #endif
 };
 
+// Which matrices of a forward pass are packed as a whole, ahead of their uses. That writes as much as it reads; a
+// matrix that is not is transposed at every use. The products are the same, bit for bit.
+struct PackedAhead {
+  bool ih, hh;
+};
+
 // The weights of a forward pass for the panels p0 .. p1. A panel holds PV vectors: the same units of G gates, or 4
 // vectors of units where there is one gate. `bias` is what the sums of a panel start from: PV vectors, for a GRU those
 // of r, z, n and then of q.
@@ -137,15 +143,17 @@ template <class S, int G> struct CellWeights {
 
   const Sequence<S>& q;
   const int64_t p0, p1;
+  const PackedAhead ahead;
   const Scratch<F> w_ih, w_hh, bias;
   const Scratch<S> tiles_ih, tiles_hh;
 
-  CellWeights(const Sequence<S>& q, int64_t p0, int64_t p1)
+  CellWeights(const Sequence<S>& q, int64_t p0, int64_t p1, PackedAhead ahead)
       : q(q),
         p0(p0),
         p1(p1),
-        w_ih(on_tiles<S> ? 0 : (p1 - p0) * PV * W * q.I),
-        w_hh(on_tiles<S> ? 0 : (p1 - p0) * PV * W * q.P),
+        ahead(ahead),
+        w_ih(ahead.ih && !on_tiles<S> ? (p1 - p0) * PV * W * q.I : 0),
+        w_hh(ahead.hh && !on_tiles<S> ? (p1 - p0) * PV * W * q.P : 0),
         bias((p1 - p0) * sums * W),
         tiles_ih(on_tiles<S> ? (p1 - p0) * PV * W * round_up(q.I, 32) : 0),
         tiles_hh(on_tiles<S> ? (p1 - p0) * PV * W * round_up(q.P, 32) : 0) {
@@ -165,10 +173,50 @@ template <class S, int G> struct CellWeights {
     }
 #endif
     if constexpr (!on_tiles<S>) {
-      pack_panels(q.w_ih, q.I, i0, i1, PV, row_of, w_ih.get());
-      pack_panels(q.w_hh, q.P, i0, i1, PV, row_of, w_hh.get());
+      if (ahead.ih) pack_panels(q.w_ih, q.I, i0, i1, PV, row_of, w_ih.get());
+      if (ahead.hh) pack_panels(q.w_hh, q.P, i0, i1, PV, row_of, w_hh.get());
     }
     for (int64_t i = i0; i < i1; ++i) starts(q, p0 + i, bias.get() + i * sums * W);
+  }
+};
+
+// One of the two matrices of CellWeights, (G*H, K), as the products of some rows read it: `packed` as a whole or, where
+// that is null, as it lies in w. Then few rows read it in place, and more have `room`, (K, PV, W), for a panel at a
+// time.
+template <class S, int G> struct CellMatrix {
+  using F = Real<S>;
+  using Weights = CellWeights<S, G>;
+  static constexpr int PV = Weights::PV;
+  const Weights& weights;
+  const S* w;
+  int64_t K;
+  const F* packed;
+  F* room;
+
+  // acc += a w for the rows m .. m + MR of `rows`, which come in turn, and panel i, counted from the first of
+  // `weights`.
+  template <int MR>
+  FR_INLINE void multiply(int64_t i, int64_t m, int64_t rows, const S* const (&a)[MR], Vec<F> (&acc)[MR][PV]) const {
+    const int64_t panels = weights.p1 - weights.p0, panel_elements = K * PV * Weights::W;
+    if (packed)
+      return panel_product<F, MR, 1, PV>(packed + i * panel_elements, 0, a, K, acc,
+                                         next_panel<F, MR, PV>(packed, panels, K, i, m));
+    if (rows == MR) return multiply_in_place(i, a, acc, i + 1 < panels);
+    if (m == 0)
+      pack_panels(w, K, 0, 1, PV, [&](int64_t p, int64_t n, int64_t lane) { return row(i + p, n, lane); }, room);
+    panel_product<F, MR, 1, PV>(room, 0, a, K, acc);
+  }
+
+ private:
+  int64_t row(int64_t i, int64_t n, int64_t lane) const { return Weights::row(weights.q, weights.p0 + i, n, lane); }
+  template <int MR> void multiply_in_place(int64_t i, const S* const (&a)[MR], Vec<F> (&acc)[MR][PV], bool more) const {
+    const S* rows[PV][Weights::W];
+    for (int64_t n = 0; n < PV; ++n)
+      for (int64_t lane = 0; lane < Weights::W; ++lane) {
+        const int64_t from = row(i, n, lane);
+        rows[n][lane] = w + (from < 0 ? 0 : from) * K;  // of lanes beyond the last unit nothing is kept
+      }
+    panel_product_in_place<MR, PV>(rows, more ? Weights::units * K : 0, a, K, acc);
   }
 };
 
@@ -176,29 +224,29 @@ template <class S, int G> struct CellWeights {
 // counted from the first of the weights here.
 template <class S, int G> struct InputTile {
   using F = Real<S>;
-  const CellWeights<S, G>& w;
+  const CellMatrix<S, G>& w_ih;
   const S* const* x;
   F* gx;
   int64_t rows;
   template <int MR> void run(int64_t p, int64_t m) const {
     using V = Vec<F>;
     constexpr int PV = CellWeights<S, G>::PV, sums = CellWeights<S, G>::sums;
+    const F* bias = w_ih.weights.bias.get();
     V acc[MR][PV];
     const S* a[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       a[i] = x[m + i];
 #pragma GCC unroll 8
-      for (int n = 0; n < PV; ++n) acc[i][n] = V::load(w.bias.get() + (p * sums + n) * V::width);
+      for (int n = 0; n < PV; ++n) acc[i][n] = V::load(bias + (p * sums + n) * V::width);
     }
-    panel_product<F, MR, 1, PV>(w.w_ih.get() + p * w.q.I * PV * V::width, 0, a, w.q.I, acc,
-                                next_panel<F, MR, PV>(w.w_ih.get(), w.p1 - w.p0, w.q.I, p, m));
+    w_ih.multiply(p, m, rows, a, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       F* to = gx + (p * rows + m + i) * sums * V::width;
 #pragma GCC unroll 8
       for (int n = 0; n < PV; ++n) acc[i][n].store(to + n * V::width);
-      if constexpr (PV < sums) V::load(w.bias.get() + (p * sums + PV) * V::width).store(to + PV * V::width);
+      if constexpr (PV < sums) V::load(bias + (p * sums + PV) * V::width).store(to + PV * V::width);
     }
   }
 };
@@ -206,6 +254,7 @@ template <class S, int G> struct InputTile {
 // The products of a forward pass with gx: W_ih x of a chunk of rows, and, where tiles run, W_hh h of a step on top.
 template <class S, int G> struct Products {
   const CellWeights<S, G>& w;
+  const CellMatrix<S, G>& w_ih;
   static constexpr int64_t row_elements = CellWeights<S, G>::sums * Vec<Real<S>>::width;
 
   void input(int64_t rows, const S* const* x, Real<S>* gx) const {
@@ -217,7 +266,7 @@ template <class S, int G> struct Products {
       return add(rows, x, w.q.I, w.tiles_ih.get(), 2, gx, rows * row_elements);
     }
 #endif
-    each_tile<CellWeights<S, G>::PV>(0, w.p1 - w.p0, rows, InputTile<S, G>{w, x, gx, rows});
+    each_tile<CellWeights<S, G>::PV>(0, w.p1 - w.p0, rows, InputTile<S, G>{w_ih, x, gx, rows});
   }
   // Row m of the step is row m of gx.
   void hidden(int64_t rows, const S* const* h, Real<S>* gx, int64_t panel_stride) const {

@@ -30,7 +30,7 @@ namespace FR_ISA {
 // Limits: none.
 template <class S> struct RnnTile {
   const RnnForward<S>& call;
-  const Step<S>& step;
+  const Step<S, 1>& step;
   template <int MR> void run(int64_t p, int64_t m) const {
     using V = Vec<Real<S>>;
     const int64_t H = call.in.H;
@@ -43,8 +43,7 @@ template <class S> struct RnnTile {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[i][v] = load(gx + v * V::width);
     }
-    panel_product<Real<S>, MR, 1, 4>(step.w_hh + (p - step.p0) * step.K * 4 * V::width, 0, h, step.K, acc,
-                                     next_panel<Real<S>, MR, 4>(step.w_hh, step.p1 - step.p0, step.K, p - step.p0, m));
+    step.template multiply<MR>(p, m, h, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       S* y = call.y + (step.t * call.in.B + step.b[m + i]) * H;
@@ -60,7 +59,7 @@ template <class S> struct RnnTile {
 // What forward_steps needs of the cell.
 template <class S> struct RnnSteps {
   const RnnForward<S>& call;
-  void step(const Step<S>& s) const { each_tile<4>(s.p0, s.p1, s.count, RnnTile<S>{call, s}); }
+  void step(const Step<S, 1>& s) const { each_tile<4>(s.p0, s.p1, s.count, RnnTile<S>{call, s}); }
   void skip(int64_t t, int64_t b) const { zero(call.y + (t * call.in.B + b) * call.in.H, call.in.H); }
 };
 
