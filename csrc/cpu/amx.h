@@ -161,7 +161,8 @@ static void outer_sum_on_tiles(const OuterSum<bf16>& s, int64_t m0, int64_t m1) 
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t n = 0; n < s.N; n += 16) {
         float* to = s.dw + (m + i) * s.N + n;
-        (load(to, s.N - n) + load(sums.get() + i * ldc + n)).store(to, s.N - n);
+        const Vec<float> sum = load(sums.get() + i * ldc + n);
+        (s.add ? load(to, s.N - n) + sum : sum).store(to, s.N - n);
       }
   }
 }

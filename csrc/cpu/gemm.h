@@ -10,9 +10,10 @@ namespace FR_ISA {
 
 constexpr int64_t outer_block = 512;
 
-// dw (M, N) += g^T a and db (M,) += the column sums of g, where it is wanted: g (K, M) with row stride ldg; row k of a
-// is at a[k], or is 0 where that is null.
+// dw (M, N) = or += g^T a and db (M,) += the column sums of g, where it is wanted: g (K, M) with row stride ldg; row k
+// of a is at a[k], or is 0 where that is null. K is at least 1.
 template <class S> struct OuterSum {
+  bool add;  // to what dw holds; else it holds nothing yet
   int64_t N, K;
   const S* g;
   int64_t ldg;
@@ -27,7 +28,8 @@ template <class S> struct OuterSum {
 // Syncs:  nothing.
 // Limits: none.
 template <class F, int MR, int NV>
-static void outer_tile(const F* g, const F* a, int64_t K, F* dw, int64_t ld, int64_t m_valid, int64_t n_valid) {
+static void outer_tile(const F* g, const F* a, int64_t K, bool add, F* dw, int64_t ld, int64_t m_valid,
+                       int64_t n_valid) {
   using V = Vec<F>;
   V acc[MR][NV];
 #pragma GCC unroll 8
@@ -52,7 +54,7 @@ static void outer_tile(const F* g, const F* a, int64_t K, F* dw, int64_t ld, int
     for (int n = 0; n < NV; ++n) {
       F* p = dw + m * ld + n * V::width;
       const int64_t left = n_valid - n * V::width;
-      if (left > 0) (V::load(p, left) + acc[m][n]).store(p, left);
+      if (left > 0) (add ? V::load(p, left) + acc[m][n] : acc[m][n]).store(p, left);
     }
   }
 }
@@ -70,7 +72,8 @@ static void outer_columns(const OuterSum<S>& s, int64_t m0, int64_t m1, int64_t 
       (row && column < s.N ? load(row + column, s.N - column) : V(0)).store(a_block + (k * NV + n) * V::width);
     }
   for (int64_t m = m0; m < m1; m += MR)
-    outer_tile<Real<S>, MR, NV>(g_block + (m - m0) * count, a_block, count, s.dw + m * s.N + n0, s.N, m1 - m, s.N - n0);
+    outer_tile<Real<S>, MR, NV>(g_block + (m - m0) * count, a_block, count, s.add || k0 > 0, s.dw + m * s.N + n0, s.N,
+                                m1 - m, s.N - n0);
 }
 
 // The rows m0 .. m1 of dw, by tiles. Rows of g may be read up to a vector beyond their end.
@@ -116,7 +119,10 @@ template <class S> static void outer_sum_narrow(const OuterSum<S>& s, int64_t m0
         }
       }
       for (int v = 0; v < NV; ++v) acc[v].store(sums + v * V::width);
-      for (int64_t i = 0; i < NV * V::width && m + i < m1; ++i) s.dw[(m + i) * s.N + n] += sums[i];
+      for (int64_t i = 0; i < NV * V::width && m + i < m1; ++i) {
+        F& dw = s.dw[(m + i) * s.N + n];
+        dw = s.add ? dw + sums[i] : sums[i];
+      }
     }
 }
 

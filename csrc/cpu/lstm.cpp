@@ -195,11 +195,13 @@ template <class S> static void lstm_backward(const LstmBackward<S>& call) {
   const Accumulator<S> dh0(call.dh0, q.B * P), dc0(call.dc0, q.B * H), dw_ih(call.dw_ih, G * q.I),
       dw_hh(call.dw_hh, G * P), db(call.db, G), dw_hr(call.dw_hr, P * H);
   dh0.start(call.dhn), dc0.start(call.dcn);
-  for (const Accumulator<S>* sum : {&dw_ih, &dw_hh, &db, &dw_hr}) sum->start();
+  db.start();
+  if (q.T * q.B == 0) dw_ih.start(), dw_hh.start(), dw_hr.start();
   const int64_t kept = call.w_hr ? chunk_steps(q) * q.B : 0, ld_dh = padded_stride(P);
   const Scratch<S> dh(kept * ld_dh), m(kept * H);
   const Scratch<const S*> m_of(kept);
-  LstmBackwardKernel<S> k{call,     dh0.get(), dc0.get(), {G, P},    {G, q.I}, {kept ? P : 0, kept ? H : 0},
+  const bool ahead = worth_packing_for_backward(q);
+  LstmBackwardKernel<S> k{call,     dh0.get(), dc0.get(), {G, P, ahead}, {G, q.I, ahead}, {kept ? P : 0, kept ? H : 0},
                           dh.get(), m.get(),   ld_dh,     m_of.get()};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
   k.w_ih.pack_transposed(q.pool, q.w_ih);
@@ -209,9 +211,9 @@ template <class S> static void lstm_backward(const LstmBackward<S>& call) {
       [&](const Chunk<S>& c, int64_t b0, int64_t b1) { lstm_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
         input_grad(q, c, c.dp, k.w_ih, G, call.dx);
-        weight_grad<S>(q.pool, G, {q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
-        weight_grad<S>(q.pool, G, {P, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
-        if (kept) weight_grad<S>(q.pool, P, {H, c.rows, k.dh, ld_dh, m_of.get(), dw_hr.get(), nullptr});
+        weight_grad<S>(q.pool, G, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
+        weight_grad<S>(q.pool, G, {!c.first, P, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
+        if (kept) weight_grad<S>(q.pool, P, {!c.first, H, c.rows, k.dh, ld_dh, m_of.get(), dw_hr.get(), nullptr});
       });
   for (const Accumulator<S>* result : {&dh0, &dc0, &dw_ih, &dw_hh, &db, &dw_hr}) result->finish();
 }

@@ -20,17 +20,54 @@ template <class Fn> static void split(const Pool& pool, int64_t n, int64_t multi
             [](int64_t begin, int64_t end, const void* ctx) { (*static_cast<const Fn*>(ctx))(begin, end); });
 }
 
-// w (N, K) or its transpose, packed for `multiply`: out[m] (N,) = w a[m] for rows given by their addresses.
+// out[m] (N,) = a[m] (K,) w for rows given by their addresses and w (K, N) as it lies, whose rows are taken from
+// `first` on, in a circle. Each sum is the chain of RowProduct; so many links at a time that the rows of w stay in the
+// nearest cache for all rows of a. Owns:   out. Keeps:  MR sums of one vector over a block of k; all others in memory.
+// Moves:  w once; the sums once for each block.
+// Syncs:  nothing.
+// Limits: none.
+template <class S, class O>
+static void multiply_in_place(const S* w, int64_t K, int64_t N, int64_t first, int64_t rows, const S* const* a,
+                              O* const* out) {
+  using F = Real<S>;
+  using V = Vec<F>;
+  constexpr int64_t block = 8;
+  const int64_t ld = round_up(N, V::width);
+  const Scratch<F> sums(rows * ld);
+  zero(sums.get(), rows * ld);
+  const S* w_of[block];
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t count = K - k < block ? K - k : block;
+    for (int64_t i = 0; i < count; ++i) w_of[i] = w + (k + i + first < K ? k + i + first : k + i + first - K) * N;
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < N; n += V::width) {
+        F* to = sums.get() + m * ld + n;
+        V sum = V::load(to);
+        if (count == block && n + V::width <= N) {
+#pragma GCC unroll 8
+          for (int i = 0; i < block; ++i) sum = fma(V(widen(a[m][k + i])), load(w_of[i] + n), sum);
+        } else {
+          for (int64_t i = 0; i < count; ++i) sum = fma(V(widen(a[m][k + i])), load(w_of[i] + n, N - n), sum);
+        }
+        sum.store(to);
+      }
+  }
+  for (int64_t m = 0; m < rows; ++m) convert(sums.get() + m * ld, N, out[m]);
+}
+
+// w (N, K) or its transpose, packed for `multiply`: out[m] (N,) = w a[m] for rows given by their addresses. Its
+// transpose may also be read as it lies, which pays for few uses; the products are the same, bit for bit.
 template <class S> class PackedMatrix {
   using F = Real<S>;
 
  public:
-  PackedMatrix(int64_t K, int64_t N)
+  PackedMatrix(int64_t K, int64_t N, bool ahead = true)
       : K_(K),
         N_(N),
         NV_(vectors_of_panel(N)),
         panels_((N + NV_ * Vec<F>::width - 1) / (NV_ * Vec<F>::width)),
-        data_(on_tiles<S> ? 0 : panels_ * K * NV_ * Vec<F>::width),
+        ahead_(ahead || on_tiles<S>),
+        data_(on_tiles<S> || !ahead ? 0 : panels_ * K * NV_ * Vec<F>::width),
         tiles_(on_tiles<S> ? round_up(N, 16) * round_up(K, 32) : 0) {}
   // One lane a row of w (N, K).
   void pack_rows(const Pool& pool, const S* w) {
@@ -51,6 +88,8 @@ template <class S> class PackedMatrix {
   }
   // One lane a column of w (K, N), whose rows are taken from `first` on, in a circle.
   void pack_transposed(const Pool& pool, const S* w, int64_t first = 0) {
+    w_ = w, first_ = first;
+    if (!ahead_) return;
 #if FR_AMX
     if constexpr (on_tiles<S>)
       return split(pool, columns(), N_ * K_, [this, w, first](int64_t c0, int64_t c1) {
@@ -69,6 +108,7 @@ template <class S> class PackedMatrix {
 #if FR_AMX
     if constexpr (on_tiles<S>) return multiply_on_tiles(rows, a, out);
 #endif
+    if (!ahead_) return multiply_in_place(w_, K_, N_, first_, rows, a, out);
     switch (NV_) {
       case 4: return each_tile<4>(0, panels_, rows, RowProduct<S, O, 4>{data_.get(), K_, N_, panels_, a, out});
       case 3: return each_tile<3>(0, panels_, rows, RowProduct<S, O, 3>{data_.get(), K_, N_, panels_, a, out});
@@ -86,6 +126,9 @@ template <class S> class PackedMatrix {
     return best;
   }
   int64_t K_, N_, NV_, panels_;
+  bool ahead_;
+  const S* w_ = nullptr;
+  int64_t first_ = 0;
   Scratch<F> data_;
   Scratch<S> tiles_;
 

@@ -113,16 +113,18 @@ template <class S> static void rnn_backward(const RnnBackward<S>& call) {
   const int64_t H = q.H;
   const Accumulator<S> dh0(call.dh0, q.B * H), dw_ih(call.dw_ih, H * q.I), dw_hh(call.dw_hh, H * H), db(call.db, H);
   dh0.start(call.dhn);
-  for (const Accumulator<S>* sum : {&dw_ih, &dw_hh, &db}) sum->start();
-  RnnBackwardKernel<S> k{call, dh0.get(), {H, H}, {H, q.I}};
+  db.start();
+  if (q.T * q.B == 0) dw_ih.start(), dw_hh.start();
+  const bool ahead = worth_packing_for_backward(q);
+  RnnBackwardKernel<S> k{call, dh0.get(), {H, H, ahead}, {H, q.I, ahead}};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
   k.w_ih.pack_transposed(q.pool, q.w_ih);
   backward_chunks(
       q, H, q.T * q.B * H * H, [&](const Chunk<S>& c, int64_t b0, int64_t b1) { rnn_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
         input_grad(q, c, c.dp, k.w_ih, H, call.dx);
-        weight_grad<S>(q.pool, H, {q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
-        weight_grad<S>(q.pool, H, {H, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
+        weight_grad<S>(q.pool, H, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
+        weight_grad<S>(q.pool, H, {!c.first, H, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
       });
   for (const Accumulator<S>* result : {&dh0, &dw_ih, &dw_hh, &db}) result->finish();
 }

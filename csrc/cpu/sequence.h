@@ -68,6 +68,7 @@ template <class S> class Accumulator {
 // the weights; where a row does not take part dp is 0 and the addresses are null.
 template <class F> struct Chunk {
   int64_t s0, s1, t0, rows;
+  bool first;   // to be summed up
   F* dp;        // gradients of the pre-activations, row stride ld
   int64_t ld;   // a multiple of a cache line, but of no large power of two: tiles read down the columns
   const F** x;  // the inputs of each row
@@ -76,6 +77,10 @@ template <class F> struct Chunk {
 };
 
 FR_INLINE int64_t padded_stride(int64_t n) { return round_up(n, 32) + 16; }
+
+// Whether backward's products, of all rows in their steps, are enough to pack the weights for; measured
+// (bench/results/short.csv).
+template <class F> static bool worth_packing_for_backward(const Sequence<F>& q) { return q.T * q.B > 16; }
 
 // How many steps a chunk has: enough rows for the sums of outer products, few enough to stay in cache.
 template <class F> static int64_t chunk_steps(const Sequence<F>& q) {
@@ -95,7 +100,7 @@ static void backward_chunks(const Sequence<F>& q, int64_t width, int64_t multipl
   const Scratch<const F*> x(chunk * q.B), h(chunk * q.B);
   for (int64_t s1 = q.T; s1 > 0; s1 -= chunk) {
     const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
-    const Chunk<F> c{s0, s1, q.reverse ? q.T - s1 : s0, (s1 - s0) * q.B, dp.get(), ld, x.get(), h.get()};
+    const Chunk<F> c{s0, s1, q.reverse ? q.T - s1 : s0, (s1 - s0) * q.B, s1 == q.T, dp.get(), ld, x.get(), h.get()};
     split(q.pool, q.B, multiply_adds / q.T * (s1 - s0), [&](int64_t b0, int64_t b1) { steps(c, b0, b1); });
     sums(c);
   }
