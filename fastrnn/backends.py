@@ -191,7 +191,7 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
         return ("cpu", "C++ kernels"), last
     fused, ours = ("aten", "PyTorch's fused RNN runs the whole stack in one call"), ("cpu", "C++ kernels")
     if call.time > 1 and _few_steps(call):
-        return ("aten", "so few steps do not pay for packing the weights, which PyTorch reads as they lie"), ours, last
+        return ("aten", "so few steps do not pay for the order in which the C++ kernels need the weights"), ours, last
     if _little_work(call) if call.time == 1 else _kernels_win(call):
         return ("cpu", "C++ kernels: no cost a step, gates fused with the products"), fused, last
     return fused, ours, last
@@ -208,21 +208,22 @@ def _kernels_win(call: Call) -> bool:
 
 
 def _few_steps(call: Call) -> bool:
-    """Where packing the weights of a GRU or RNN takes longer than its steps win back (bench/results/short.csv).
+    """Where so few steps of a GRU or RNN are PyTorch's (bench/results/short.csv).
 
-    What a step wins is the less the fewer rows share its weights and the less of them a core's caches hold, for then
-    both wait for memory. In training one product of all steps wins more, and PyTorch's bfloat16 is slow. Of "cpu" and
-    "aten" the table has both; its "auto" is of a rule that gave "aten" fewer steps in training.
+    In bfloat16, and in training on many rows, because the weights are packed as a whole before the first step; in
+    float32 because rows of weights that a core's own caches hold are read faster than transposed.
     """
+    gru, half = call.op == "gru", call.dtype == torch.bfloat16
+    width = min(call.hidden, 1536) / call.time  # beyond, packing and a step grow alike
     if call.op == "lstm":
         return False
-    hidden = min(call.hidden, 1024)  # beyond, packing and a step grow alike
-    half = call.dtype == torch.bfloat16
-    if call.needs_grad:
-        return call.time * (256 if half else 200) <= hidden
+    if half and call.needs_grad:
+        return width >= (300 if gru else 384)
     if half:
-        return call.op == "gru" and call.time * 512 <= hidden
-    return call.time * call.batch**0.5 < hidden / 48
+        return width >= (350 if gru else 700)
+    if call.needs_grad:
+        return gru and call.batch > 8 and width >= 384
+    return not gru and call.time <= 8 and call.batch <= 8 and 384 <= call.hidden < 1024
 
 
 def _little_work(call: Call) -> bool:
