@@ -8,8 +8,9 @@ TRITON_INTERPRET=1 in its environment before Triton is imported. What it repairs
 * A comparison of two scalars is labelled with the type of the scalars, and its broadcast is then no mask any more.
 * float32 products with TF32 operands are taken exactly by the interpreter; here operands are rounded as the tensor
   cores round them, for one product ("tf32") or three ("tf32x3").
-* At every call of a function by another the interpreter looks through Triton's language for what it must replace, which
-  takes more time than the call; here a module is gone through once, and stays as it is then.
+* At every call of a function by another the interpreter looks through Triton's language for what it must replace, and
+  at every operation it makes the table of NumPy's types anew, which takes more time than what is computed. Here a
+  module is gone through once, and stays as it is then, and a type is looked up once.
 * Programs run one after another, so a program that waits for others waits for ever. Launches with
   ``launch_cooperative_grid=True`` run theirs as threads of which one runs at a time; at each atomic operation another
   takes over, picked at random by a seed, so that a missing or wrong barrier shows in some order.
@@ -59,7 +60,7 @@ def install() -> None:
     builder = type(interpreter.interpreter_builder)
     _repair_bfloat16(builder, interpreter, tl)
     _repair_dot(builder, interpreter, tl)
-    _patch_language_once(interpreter, tl)
+    _do_once(interpreter, tl)
     _run_cooperative_grids(builder, interpreter)
 
 
@@ -84,7 +85,7 @@ def _repair_bfloat16(builder, interpreter, tl) -> None:
 
     def refusing(name):
         def operation(self, *operands):
-            if any(getattr(o, "dtype", None) is not None and o.dtype.scalar == tl.bfloat16 for o in operands):
+            if any(isinstance(o, handle) and o.dtype.scalar.name == tl.bfloat16.name for o in operands):
                 raise NotImplementedError(f"{name} on bfloat16: convert to float32 first")
             return _as_bool(arithmetic[name](self, *operands), handle, tl)
 
@@ -131,8 +132,8 @@ def _parts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return big, np.nan_to_num(as_tf32(values - big), nan=0.0)
 
 
-def _patch_language_once(interpreter, tl) -> None:
-    patch, patched = interpreter._patch_lang, set()
+def _do_once(interpreter, tl) -> None:
+    patch, patched, find_type, known = interpreter._patch_lang, set(), interpreter._get_np_dtype, {}
 
     def patch_once(function):
         needed = {m.__name__ for m in function.__globals__.values() if m is tl or m is tl.core}
@@ -141,7 +142,13 @@ def _patch_language_once(interpreter, tl) -> None:
             patched.update(needed)
         return interpreter._LangPatchScope()  # of no change: nothing is taken back after the launch
 
-    interpreter._patch_lang = patch_once
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = find_type(dtype)
+        return known[name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, np_dtype
 
 
 # --- grids whose programs wait for one another ------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def assert_same_bits(actual, expected, what):
 
 
 # Sizes around the tiles: 1 to 8 rows or 16, vectors of 2 to 16, 32 numbers of a row, blocks of 64 rows or more in the
-# forward and chunks of 512 or 1024 in the backward pass; weights that are packed ahead, for several chunks of gx or more
-# than 4 steps, and such as are read as they lie.
+# forward and chunks of 512 or 1024 in the backward pass; weights that are packed ahead, for several chunks of gx or
+# more than 4 steps, and such as are read as they lie.
 SHAPES = [
     dict(time=1, batch=1, inputs=1, hidden=1),
     dict(time=1, batch=5, inputs=37, hidden=19, masked=True),
@@ -188,8 +188,8 @@ def test_a_row_does_not_depend_on_its_batch(kind, dtype, time):
                 assert_same_bits(value, expected, f"{name} of rows {index}")
 
 
-# Of two steps and more: a single step sums in another order (forward.h). Few steps read W_hh as it lies, for as many rows
-# as a tile has (4) and by panels for more (11); nine have it packed.
+# Of two steps and more: a single step sums in another order (forward.h). Few steps read W_hh as it lies, for as many
+# rows as a tile has (4) and by panels for more (11); nine have it packed.
 @pytest.mark.parametrize("batch", [4, 11])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

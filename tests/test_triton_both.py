@@ -49,7 +49,7 @@ def test_narrow_dtypes(device, kind, dtype):
 def test_each_direction_is_what_it_is_alone(device, form, kind):
     """Bit for bit, in forward and backward; x has one input, so that its part has no sum to be ordered."""
     skip_without(form, kind)
-    cell, a = both_case(kind, device, time=4, batch=18, inputs=1, hidden=19, masked=True, bias=False)
+    cell, a = both_case(kind, device, time=2, batch=18, inputs=1, hidden=19, masked=True, bias=False)
     named = with_gradients(cell, a)
     found = call(f"{cell}_forward", a) | call(f"{cell}_backward", named)
     single = cell.removesuffix("_both")
