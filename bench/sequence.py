@@ -76,7 +76,7 @@ def check(rivals: dict[str, Callable[[], Tensor]], double: nn.Module, x: Tensor)
 
 def products(name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: bool) -> Callable[[], None]:
     """The matrix products of a call and nothing else, by PyTorch: of the inputs of all steps at once, of the state step
-    by step; with ``gradient`` those of its gradient too, of the weights at once.
+    by step; with ``gradient`` those of its gradient too, of the weights at once. x itself needs no gradient.
     """
     time, batch, layers, hidden, inputs = shape
     rows = {"LSTM": 4, "GRU": 3, "RNN": 1}[name.removesuffix("Cell")] * hidden
@@ -92,7 +92,8 @@ def products(name: str, shape: tuple[int, ...], dtype: torch.dtype, gradient: bo
             if gradient:
                 for _ in range(time):
                     da @ w_hh
-                all_da @ w_ih
+                if x is not stack[0][0]:
+                    all_da @ w_ih
                 all_da.t() @ x
                 all_da.t() @ all_h
 

@@ -78,7 +78,7 @@ Tensors5 lstm_forward(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, 
 template <class F>
 Tensors7 lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh,
                        MaybeTensor b_ih, MaybeTensor b_hh, MaybeTensor w_hr, MaybeTensor lengths, MaybeTensor reset,
-                       bool reverse, Tensor y, Tensor gates, Tensor cells) {
+                       bool reverse, Tensor y, Tensor gates, Tensor cells, bool input_gradient) {
   Call<F> c("lstm_backward", x, h0);
   const char* P = projection(c, c0, w_hr);
   fr::LstmBackward<F> a{};
@@ -91,7 +91,7 @@ Tensors7 lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, T
   a.dy = c.want("dy", dy, {"T", "B", P});
   a.dhn = c.want("dhn", dhn, {"L", "B", P});
   a.dcn = c.want("dcn", dcn, {"L", "B", "H"});
-  Tensor dx = c.result({"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", P}, &a.dh0),
+  Tensor dx = c.result_if(input_gradient, {"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", P}, &a.dh0),
          dc0 = c.result({"L", "B", "H"}, &a.dc0);
   Tensor dw_ih = c.result({"4H", "I"}, &a.dw_ih), dw_hh = c.result({"4H", P}, &a.dw_hh);
   Tensor db = c.result_if(b_ih || b_hh, {"4H"}, &a.db), dw_hr = c.result_if(!!w_hr, {"P", "H"}, &a.dw_hr);
@@ -113,7 +113,8 @@ Tensors3 gru_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor 
 
 template <class F>
 Tensors6 gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
-                      MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates) {
+                      MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse, Tensor y, Tensor gates,
+                      bool input_gradient) {
   Call<F> c("gru_backward", x, h0);
   fr::GruBackward<F> a{};
   a.in = sequence(c, "3H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -121,7 +122,7 @@ Tensors6 gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, T
   a.gates = c.want("gates", gates, {"T", "B", "4H"});
   a.dy = c.want("dy", dy, {"T", "B", "H"});
   a.dhn = c.want("dhn", dhn, {"L", "B", "H"});
-  Tensor dx = c.result({"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", "H"}, &a.dh0);
+  Tensor dx = c.result_if(input_gradient, {"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", "H"}, &a.dh0);
   Tensor dw_ih = c.result({"3H", "I"}, &a.dw_ih), dw_hh = c.result({"3H", "H"}, &a.dw_hh);
   Tensor db_ih = c.result_if(!!b_ih, {"3H"}, &a.db_ih), db_hh = c.result_if(!!b_hh, {"3H"}, &a.db_hh);
   fr::gru_backward(a);
@@ -143,7 +144,7 @@ Tensors2 rnn_forward(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor 
 template <class F>
 Tensors5 rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih,
                       MaybeTensor b_hh, MaybeTensor lengths, MaybeTensor reset, bool reverse, std::string nonlinearity,
-                      Tensor y) {
+                      Tensor y, bool input_gradient) {
   Call<F> c("rnn_backward", x, h0);
   fr::RnnBackward<F> a{};
   a.in = sequence(c, "H", "H", x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reset, reverse);
@@ -151,7 +152,7 @@ Tensors5 rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, Tensor w_ih, T
   a.y = c.want("y", y, {"T", "B", "H"});
   a.dy = c.want("dy", dy, {"T", "B", "H"});
   a.dhn = c.want("dhn", dhn, {"L", "B", "H"});
-  Tensor dx = c.result({"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", "H"}, &a.dh0);
+  Tensor dx = c.result_if(input_gradient, {"T", "B", "I"}, &a.dx), dh0 = c.result({"L", "B", "H"}, &a.dh0);
   Tensor dw_ih = c.result({"H", "I"}, &a.dw_ih), dw_hh = c.result({"H", "H"}, &a.dw_hh);
   Tensor db = c.result_if(b_ih || b_hh, {"H"}, &a.db);
   fr::rnn_backward(a);
@@ -226,15 +227,15 @@ STABLE_TORCH_LIBRARY(fastrnn_cpu, m) {
         " -> (Tensor y, Tensor hn, Tensor cn, Tensor gates, Tensor cells)");
   m.def("lstm_backward(Tensor dy, Tensor dhn, Tensor dcn, Tensor x, Tensor h0, Tensor c0, " FR_WEIGHTS
         "Tensor? w_hr, " FR_ROWS
-        ", Tensor y, Tensor gates, Tensor cells)"
+        ", Tensor y, Tensor gates, Tensor cells, bool input_gradient=True)"
         " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)");
   m.def("gru_forward(Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", bool save) -> (Tensor y, Tensor hn, Tensor gates)");
   m.def("gru_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS
-        ", Tensor y, Tensor gates)"
+        ", Tensor y, Tensor gates, bool input_gradient=True)"
         " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
   m.def("rnn_forward(Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS ", str nonlinearity) -> (Tensor y, Tensor hn)");
   m.def("rnn_backward(Tensor dy, Tensor dhn, Tensor x, Tensor h0, " FR_WEIGHTS FR_ROWS
-        ", str nonlinearity, Tensor y)"
+        ", str nonlinearity, Tensor y, bool input_gradient=True)"
         " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
   m.def("lstm_step(Tensor x, Tensor h0, Tensor c0, " FR_STEP ") -> (Tensor hn, Tensor cn)");
   m.def("gru_step(Tensor x, Tensor h0, " FR_STEP ") -> Tensor");

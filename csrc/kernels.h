@@ -70,7 +70,7 @@ template <class F> struct LstmBackward {
   const F* dy;     // (T, B, P); not read beyond a row's length
   const F* dhn;    // (B, P)
   const F* dcn;    // (B, H)
-  F* dx;           // out (T, B, I)
+  F* dx;           // out (T, B, I); may be null: not wanted
   F* dh0;          // out (B, P)
   F* dc0;          // out (B, H)
   F* dw_ih;        // out (4H, I)
@@ -92,7 +92,7 @@ template <class F> struct GruBackward {
   const F* gates;  // (T, B, 4H)
   const F* dy;     // (T, B, H); not read beyond a row's length
   const F* dhn;    // (B, H)
-  F* dx;           // out (T, B, I)
+  F* dx;           // out (T, B, I); may be null: not wanted
   F* dh0;          // out (B, H)
   F* dw_ih;        // out (3H, I)
   F* dw_hh;        // out (3H, H)
@@ -113,7 +113,7 @@ template <class F> struct RnnBackward {
   const F* y;    // (T, B, H) of the forward call
   const F* dy;   // (T, B, H); not read beyond a row's length
   const F* dhn;  // (B, H)
-  F* dx;         // out (T, B, I)
+  F* dx;         // out (T, B, I); may be null: not wanted
   F* dh0;        // out (B, H)
   F* dw_ih;      // out (H, I)
   F* dw_hh;      // out (H, H)

@@ -209,8 +209,9 @@ class _Layer(torch.autograd.Function):
         if torch.is_grad_enabled() or _surrounded() or backends.explicit() not in (None, "cpu"):
             results = _registered_backward(cell, grads, given, ctx.tail, kept)
         else:
-            results = _kernel(f"{cell}_backward")(*grads, *given, *ctx.tail, *kept)
-        firsts = results[: inputs - 2]  # those of x, of the states, w_ih and w_hh
+            results = _kernel(f"{cell}_backward")(*grads, *given, *ctx.tail, *kept, ctx.needs_input_grad[3])
+        dx = results[0] if ctx.needs_input_grad[3] else None
+        firsts = dx, *results[1 : inputs - 2]  # those of x, of the states, w_ih and w_hh
         if given[-1] is None:
             return None, None, None, *firsts, None, None
         b_ih = results[inputs - 2]

@@ -226,3 +226,26 @@ def test_steps_and_slices_of_the_kernels_ops(cell):
             assert a.shape == b.shape == start.shape
             assert torch.equal(a.view(3, 5), want)
             assert torch.equal(b.view(3, 5), want)
+
+
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("time", [1, 30])  # read as they lie and packed, the weights of backward
+@pytest.mark.parametrize("name", NAMES)
+def test_an_input_that_needs_no_gradient_costs_none(monkeypatch, name, time):
+    """The kernels leave its gradient out, and all others keep their bits."""
+    module, made = getattr(layers, name)(4, 5), []
+    x, kernel = some_input(module, name, time), direct._kernel
+
+    def spied(op):
+        function = kernel(op)
+        return lambda *args: made.append((op, function(*args))) or made[-1][1]
+
+    monkeypatch.setattr(direct, "_kernel", spied)
+    gradients = []
+    for needed in (False, True):
+        y = flat(module(x.requires_grad_(needed)))[0]
+        gradients.append(torch.autograd.grad(y.sum(), list(module.parameters())))
+    without, having = [results[0] for op, results in made if op.endswith("_backward")]
+    assert without.numel() == 0
+    assert having.numel() == x.numel()
+    assert all(map(torch.equal, *gradients))

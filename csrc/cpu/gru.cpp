@@ -142,14 +142,14 @@ template <class S> static void gru_backward(const GruBackward<S>& call) {
   db_ih.start(), db_hh.start();
   if (q.T * q.B == 0) dw_ih.start(), dw_hh.start();
   const bool ahead = worth_packing_for_backward(q);
-  GruBackwardKernel<S> k{call, dh0.get(), {G, H, ahead}, {G, q.I, ahead}};
+  GruBackwardKernel<S> k{call, dh0.get(), {G, H, ahead}, {call.dx ? G : 0, q.I, ahead}};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
-  k.w_ih.pack_transposed(q.pool, q.w_ih, 2 * H);
+  if (call.dx) k.w_ih.pack_transposed(q.pool, q.w_ih, 2 * H);
   Real<S>* db_n = call.db_ih ? db_ih.get() + 2 * H : nullptr;
   backward_chunks(
       q, 4 * H, q.T * q.B * H * G, [&](const Chunk<S>& c, int64_t b0, int64_t b1) { gru_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
-        input_grad(q, c, c.dp, k.w_ih, G, call.dx);
+        if (call.dx) input_grad(q, c, c.dp, k.w_ih, G, call.dx);
         weight_grad<S>(q.pool, 2 * H, {!c.first, q.I, c.rows, c.dp + H, c.ld, c.x, dw_ih.get(), db_ih.get()});
         weight_grad<S>(q.pool, H, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get() + 2 * H * q.I, db_n});
         weight_grad<S>(q.pool, G, {!c.first, H, c.rows, c.dp + H, c.ld, c.h, dw_hh.get(), db_hh.get()});

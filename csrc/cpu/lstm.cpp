@@ -201,16 +201,17 @@ template <class S> static void lstm_backward(const LstmBackward<S>& call) {
   const Scratch<S> dh(kept * ld_dh), m(kept * H);
   const Scratch<const S*> m_of(kept);
   const bool ahead = worth_packing_for_backward(q);
-  LstmBackwardKernel<S> k{call,     dh0.get(), dc0.get(), {G, P, ahead}, {G, q.I, ahead}, {kept ? P : 0, kept ? H : 0},
-                          dh.get(), m.get(),   ld_dh,     m_of.get()};
+  LstmBackwardKernel<S> k{
+      call,     dh0.get(), dc0.get(), {G, P, ahead}, {call.dx ? G : 0, q.I, ahead}, {kept ? P : 0, kept ? H : 0},
+      dh.get(), m.get(),   ld_dh,     m_of.get()};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
-  k.w_ih.pack_transposed(q.pool, q.w_ih);
+  if (call.dx) k.w_ih.pack_transposed(q.pool, q.w_ih);
   if (kept) k.w_hr.pack_transposed(q.pool, call.w_hr);
   backward_chunks(
       q, G, q.T * q.B * H * (4 * P + (kept ? P : 0)),
       [&](const Chunk<S>& c, int64_t b0, int64_t b1) { lstm_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
-        input_grad(q, c, c.dp, k.w_ih, G, call.dx);
+        if (call.dx) input_grad(q, c, c.dp, k.w_ih, G, call.dx);
         weight_grad<S>(q.pool, G, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
         weight_grad<S>(q.pool, G, {!c.first, P, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
         if (kept) weight_grad<S>(q.pool, P, {!c.first, H, c.rows, k.dh, ld_dh, m_of.get(), dw_hr.get(), nullptr});

@@ -116,13 +116,13 @@ template <class S> static void rnn_backward(const RnnBackward<S>& call) {
   db.start();
   if (q.T * q.B == 0) dw_ih.start(), dw_hh.start();
   const bool ahead = worth_packing_for_backward(q);
-  RnnBackwardKernel<S> k{call, dh0.get(), {H, H, ahead}, {H, q.I, ahead}};
+  RnnBackwardKernel<S> k{call, dh0.get(), {H, H, ahead}, {call.dx ? H : 0, q.I, ahead}};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
-  k.w_ih.pack_transposed(q.pool, q.w_ih);
+  if (call.dx) k.w_ih.pack_transposed(q.pool, q.w_ih);
   backward_chunks(
       q, H, q.T * q.B * H * H, [&](const Chunk<S>& c, int64_t b0, int64_t b1) { rnn_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
-        input_grad(q, c, c.dp, k.w_ih, H, call.dx);
+        if (call.dx) input_grad(q, c, c.dp, k.w_ih, H, call.dx);
         weight_grad<S>(q.pool, H, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
         weight_grad<S>(q.pool, H, {!c.first, H, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
       });
