@@ -223,7 +223,10 @@ def _few_steps(call: Call) -> bool:
         return width >= (350 if gru else 700)
     if call.needs_grad:
         return gru and call.batch > 8 and width >= 384
-    return not gru and call.time <= 8 and call.batch <= 8 and 384 <= call.hidden < 1024
+    if gru or call.hidden < 384:
+        return False
+    few = call.time <= 8 and call.batch <= 8 and call.hidden < 1024
+    return few or (call.time <= 12 and call.batch == 1 and call.hidden <= 1024)
 
 
 def _little_work(call: Call) -> bool:
