@@ -22,7 +22,10 @@ template <class Fn> static void split(const Pool& pool, int64_t n, int64_t multi
 
 // out[m] (N,) = a[m] (K,) w for rows given by their addresses and w (K, N) as it lies, whose rows are taken from
 // `first` on, in a circle. Each sum is the chain of RowProduct; so many links at a time that the rows of w stay in the
-// nearest cache for all rows of a. Owns:   out. Keeps:  MR sums of one vector over a block of k; all others in memory.
+// nearest cache for all rows of a.
+//
+// Owns:   out.
+// Keeps:  one vector of sums over a block of k; all others in memory.
 // Moves:  w once; the sums once for each block.
 // Syncs:  nothing.
 // Limits: none.
@@ -55,8 +58,9 @@ static void multiply_in_place(const S* w, int64_t K, int64_t N, int64_t first, i
   for (int64_t m = 0; m < rows; ++m) convert(sums.get() + m * ld, N, out[m]);
 }
 
-// w (N, K) or its transpose, packed for `multiply`: out[m] (N,) = w a[m] for rows given by their addresses. Its
-// transpose may also be read as it lies, which pays for few uses; the products are the same, bit for bit.
+// w (N, K) or its transpose, packed for `multiply`: out[m] (N,) = w a[m] for rows given by their addresses. With
+// `ahead` false nothing is packed and the transpose is read as it lies, which pays for few uses; the products are the
+// same, bit for bit.
 template <class S> class PackedMatrix {
   using F = Real<S>;
 
