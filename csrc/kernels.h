@@ -187,8 +187,8 @@ template <class F> void rnn_forward(const RnnForward<F>& call);
 template <class F> void rnn_backward(const RnnBackward<F>& call);
 void sample(const Sample& call);
 
-// "portable", "avx2", "avx512" or "amx": the best that this CPU has, or what FASTRNN_CPU_ISA asked for when it was
-// first needed. Throws std::runtime_error when that is unknown or more than this CPU has.
+// "portable", "avx2", "avx512", "avx512_bf16" or "amx": the best that this CPU has, or what FASTRNN_CPU_ISA asked for
+// when it was first needed. Throws std::runtime_error when that is unknown or more than this CPU has.
 const char* cpu_isa();
 // Forces a variant from now on; "" returns to the choice above. Same errors. Not to be called beside a running kernel.
 void set_cpu_isa(const char* name);

@@ -21,7 +21,8 @@ if missing is None:
 
 KINDS = ["lstm", "lstm-proj", "gru", "rnn-tanh", "rnn-relu"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-NEEDS = {"portable": "nothing", "avx2": "AVX2 and FMA", "avx512": "AVX-512 (F, BW, DQ, VL)", "amx": "AMX"}
+NEEDS = {"portable": "nothing", "avx2": "AVX2 and FMA", "avx512": "AVX-512 (F, BW, DQ, VL)",
+         "avx512_bf16": "AVX-512 with BF16 and VNNI", "amx": "AMX"}  # fmt: skip
 cpu = torch.ops.fastrnn_cpu
 
 
@@ -365,13 +366,13 @@ def test_results_do_not_depend_on_what_memory_held(isa, root):
 
 @once
 def test_an_unknown_instruction_set_is_refused(isa, root):
-    with pytest.raises(RuntimeError, match="set_isa must be portable, avx2, avx512 or amx, got 'sse9'"):
+    with pytest.raises(RuntimeError, match="set_isa must be portable, avx2, avx512, avx512_bf16 or amx, got 'sse9'"):
         cpu.set_isa("sse9")
     assert cpu.isa() == isa
     code = "import torch, fastrnn._C; print(torch.ops.fastrnn_cpu.isa())"
     done = in_a_process(code, root, FASTRNN_CPU_ISA="neon")
     assert done.returncode == 1
-    assert "FASTRNN_CPU_ISA must be portable, avx2, avx512 or amx, got 'neon'" in done.stderr
+    assert "FASTRNN_CPU_ISA must be portable, avx2, avx512, avx512_bf16 or amx, got 'neon'" in done.stderr
 
 
 @once

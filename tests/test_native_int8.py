@@ -22,7 +22,7 @@ from fastrnn.sequence import SequenceState
 pytestmark = needs_cpu
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-PLAIN = ("portable", "avx2", "avx512")  # those with exact gates, the definition first
+PLAIN = ("portable", "avx2", "avx512", "avx512_bf16")  # those with exact gates, the definition first
 SHAPES = ((1, 1, 2), (2, 45, 37), (1, 64, 257), (3, 130, 50))  # L, H, V
 
 

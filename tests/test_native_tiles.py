@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     fastrnn.backends.available()["cpu"] is not None, reason="needs the C++ extension (make build)"
 )
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 PRECISIONS = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}
 TEMPERATURES = (1.0, 0.7, 1.3, 0.05, 40.0)
 STEPS = 3

@@ -1,11 +1,13 @@
-// The products of the generation loop with float32 activations: float32 weights, or bfloat16 weights widened as they
-// are read, for processors without tiles. This file compiles itself once per instruction set (each_isa.h).
+// The products of the generation loop by vectors: with float32 weights, and for processors without matrix tiles with
+// bfloat16 weights, which are multiplied pair by pair or, where there is no instruction for that, widened as they are
+// read. This file compiles itself once per instruction set (each_isa.h).
 #ifndef FR_ISA
 
 #include <cstring>
 
 #include "decoder.h"
 #include "simd.h"
+#define FR_WITH_DOTS
 #define FR_FILE "decode.cpp"
 #include "each_isa.h"
 
@@ -19,9 +21,26 @@
 namespace fr {
 namespace FR_ISA {
 
-// The activations' element: the float itself, or the float nearest to it that a bfloat16 holds.
-FR_INLINE Vec<float> rounded(Vec<float> h, const float*) { return h; }
-FR_INLINE Vec<float> rounded(Vec<float> h, const bf16*) { return nearest_bfloat16(h); }
+// What meets a Weight in a product: `Activation`, stored as `count` of State, along k. Those of float are floats, those
+// of bf16 the floats nearest to a state that a bfloat16 holds, those of Bf16Pair two neighbours.
+template <class Weight> struct Link {
+  using Activation = float;
+  using State = float;
+  static constexpr int64_t count = 1;
+};
+template <> struct Link<Bf16Pair> {
+  using Activation = Bf16Pair;
+  using State = bf16;
+  static constexpr int64_t count = 2;
+};
+template <class Weight> FR_INLINE void store_state(Vec<float> h, typename Link<Weight>::State* to) {
+  if constexpr (sizeof(Weight) == sizeof(bf16))
+    nearest_bfloat16(h).store(to);
+  else
+    store(h, to);
+}
+// K of a matrix, in products of a sum.
+template <class Weight> FR_INLINE int64_t links(const Panels& m) { return m.K / Link<Weight>::count; }
 
 // What the tiles of one panel share.
 template <class Weight> struct CellPanel {
@@ -31,18 +50,20 @@ template <class Weight> struct CellPanel {
   const float *bias, *bias_q;
   int64_t p;
 
-  FR_INLINE const float* a1(int64_t r) const {
-    return reinterpret_cast<const float*>(static_cast<const char*>(job.a1) + r * job.row1);
+  using Activation = typename Link<Weight>::Activation;
+  using State = typename Link<Weight>::State;
+  FR_INLINE const Activation* a1(int64_t r) const {
+    return reinterpret_cast<const Activation*>(static_cast<const char*>(job.a1) + r * job.row1);
   }
-  FR_INLINE const float* a2(int64_t r) const {
-    return reinterpret_cast<const float*>(static_cast<const char*>(job.a2) + r * job.network->row);
+  FR_INLINE const Activation* a2(int64_t r) const {
+    return reinterpret_cast<const Activation*>(static_cast<const char*>(job.a2) + r * job.network->row);
   }
   // Where the sums of row r begin, of a layer with `products` of them a row and `width` in a panel.
   FR_INLINE const float* start(int64_t r, int64_t products, int64_t width) const {
     return job.init ? job.init + (job.index ? job.index[r] : r) * products + p * width : bias;
   }
-  FR_INLINE float* out(int64_t r) const {
-    return reinterpret_cast<float*>(static_cast<char*>(job.out) + r * job.network->row);
+  FR_INLINE State* out(int64_t r) const {
+    return reinterpret_cast<State*>(static_cast<char*>(job.out) + r * job.network->row);
   }
 };
 
@@ -50,21 +71,21 @@ template <class Weight> struct CellPanel {
 template <Cell C, int NV, class Weight>
 FR_INLINE void finish(const CellPanel<Weight>& panel, int64_t p, int64_t r, const Vec<float>* acc, Vec<float> xn) {
   using V = Vec<float>;
-  float* out = panel.out(r) + p * (C == Cell::lstm || C == Cell::gru ? 1 : NV) * V::width;
+  auto* out = panel.out(r) + p * (C == Cell::lstm || C == Cell::gru ? 1 : NV) * V::width;
   if constexpr (C == Cell::lstm || C == Cell::gru) {
     float* carry = panel.job.carry + (p * panel.job.carry_rows + r) * V::width;
     if constexpr (C == Cell::lstm) {
       const LstmStep<V> s = lstm_step(acc[0], acc[1], acc[2], acc[3], V::load(carry));
       s.c.store(carry);
-      rounded(s.m, panel.hidden).store(out);
+      store_state<Weight>(s.m, out);
     } else {
       const GruStep<V> s = gru_step(acc[0], acc[1], xn, acc[2], V::load(carry));
       s.h.store(carry);
-      rounded(s.h, panel.hidden).store(out);
+      store_state<Weight>(s.h, out);
     }
   } else {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) rounded(rnn_step(acc[n], C == Cell::rnn_relu), panel.hidden).store(out + n * V::width);
+    for (int n = 0; n < NV; ++n) store_state<Weight>(rnn_step(acc[n], C == Cell::rnn_relu), out + n * V::width);
   }
 }
 
@@ -74,9 +95,9 @@ static void cell_tile(const CellPanel<Weight>& panel, int64_t r) {
   using V = Vec<float>;
   const LayerJob& job = panel.job;
   const int64_t p = panel.p, products = job.layer->hidden.count * NV * V::width;
-  const int64_t K1 = job.a1 ? job.layer->input.K : 0, K2 = job.layer->hidden.K;
+  const int64_t K1 = job.a1 ? links<Weight>(job.layer->input) : 0, K2 = links<Weight>(job.layer->hidden);
   V acc[MR][PN * NV], xn[MR][PN];
-  const float *a1[MR], *a2[MR];
+  const typename Link<Weight>::Activation *a1[MR], *a2[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     const int64_t row = r + m;
@@ -135,16 +156,17 @@ template <int NV, class Tile> FR_INLINE void even_tiles(int64_t rows, const Tile
   }
 }
 
-// sums[m] += a[m] w for MR rows, over K of each; K vectors are asked for at `next`.
+// sums[m] += a[m] w for MR rows, over K links of each; K vectors are asked for at `next`.
 template <int NV, int MR, class Weight>
 static void add_tile(const Weight* w, int64_t K, const char* a, int64_t row, float* sums, int64_t sums_row,
                      const Weight* next) {
   using V = Vec<float>;
   V acc[MR][NV];
-  const float* rows[MR];
+  using Activation = typename Link<Weight>::Activation;
+  const Activation* rows[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    rows[m] = reinterpret_cast<const float*>(a + m * row);
+    rows[m] = reinterpret_cast<const Activation*>(a + m * row);
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) acc[m][n] = V::load(sums + m * sums_row + n * V::width);
   }
@@ -165,14 +187,15 @@ static void add_panel(const Weight* w, int64_t K, const char* a, int64_t row, in
                       int64_t sums_row, const Weight* after) {
   constexpr int64_t W = Vec<float>::width, width = NV * W;
   constexpr int64_t step = kStretchBytes / (width * static_cast<int64_t>(sizeof(Weight)));
+  constexpr int64_t link_bytes = sizeof(typename Link<Weight>::Activation);
   for (int64_t k = 0; k < K; k += step) {
     const int64_t count = K - k < step ? K - k : step;
     const Weight* next = k + count < K ? w + (k + count) * width : after;
     int64_t share = 0;
     even_tiles<NV>(rows, [&](auto size, int64_t r) {
       const Weight* wanted = next && share < NV ? next + share++ * count * W : nullptr;
-      add_tile<NV, decltype(size)::value>(w + k * width, count, a + r * row + k * 4, row, sums + r * sums_row, sums_row,
-                                          wanted);
+      add_tile<NV, decltype(size)::value>(w + k * width, count, a + r * row + k * link_bytes, row, sums + r * sums_row,
+                                          sums_row, wanted);
     });
   }
 }
@@ -189,15 +212,15 @@ static void cell_group(const CellPanel<Weight>& panel, int64_t first, int64_t ro
     for (int n = 0; n < NV; ++n)
       V::load(panel.start(first + r, products, width) + n * V::width).store(sums[r] + n * V::width);
   if (job.a1)
-    add_panel<NV>(panel.input, job.layer->input.K, reinterpret_cast<const char*>(panel.a1(first)), job.row1, rows,
-                  sums[0], width, panel.hidden);
+    add_panel<NV>(panel.input, links<Weight>(job.layer->input), reinterpret_cast<const char*>(panel.a1(first)),
+                  job.row1, rows, sums[0], width, panel.hidden);
   if constexpr (C == Cell::gru)
     for (int64_t r = 0; r < rows; ++r) {
       V::load(sums[r] + 2 * V::width).store(xn[r]);
       V::load(panel.bias_q).store(sums[r] + 2 * V::width);
     }
-  add_panel<NV>(panel.hidden, job.layer->hidden.K, reinterpret_cast<const char*>(panel.a2(first)), job.network->row,
-                rows, sums[0], width, panel.next);
+  add_panel<NV>(panel.hidden, links<Weight>(job.layer->hidden), reinterpret_cast<const char*>(panel.a2(first)),
+                job.network->row, rows, sums[0], width, panel.next);
   for (int64_t r = 0; r < rows; ++r) {
     V acc[NV];
 #pragma GCC unroll 4
@@ -217,13 +240,14 @@ template <Cell C, class Weight> static void cell_layer(const LayerJob& job, Part
   constexpr int64_t W = Vec<float>::width;
   const Panels &in = job.layer->input, &hidden = job.layer->hidden;
   const int64_t end = part.end(hidden.count);
-  const int64_t bytes = ((job.a1 ? in.K : 0) + hidden.K) * NV * W * static_cast<int64_t>(sizeof(Weight));
+  const int64_t K1 = job.a1 ? links<Weight>(in) : 0, K2 = links<Weight>(hidden);
+  const int64_t bytes = (K1 + K2) * NV * W * static_cast<int64_t>(sizeof(Weight));
   const bool grouped = job.rows > tile_rows<NV>() && bytes > kStretchBytes;
   for (int64_t p = part.begin(hidden.count); p < end; ++p) {
     CellPanel<Weight> panel{job, nullptr, nullptr, nullptr, nullptr, nullptr, p};
-    panel.input = in.weights.as<Weight>() + p * in.K * NV * W;
-    panel.hidden = hidden.weights.as<Weight>() + p * hidden.K * NV * W;
-    if (p + 1 < end) panel.next = job.a1 ? panel.input + in.K * NV * W : panel.hidden + hidden.K * NV * W;
+    panel.input = in.weights.as<Weight>() + p * links<Weight>(in) * NV * W;
+    panel.hidden = hidden.weights.as<Weight>() + p * K2 * NV * W;
+    if (p + 1 < end) panel.next = job.a1 ? panel.input + K1 * NV * W : panel.hidden + K2 * NV * W;
     panel.bias = job.layer->bias.as<float>() + p * NV * W;
     panel.bias_q = job.layer->bias_q.as<float>() + p * W;
     if (job.rows == 1 && p + 1 < end) {
@@ -251,16 +275,17 @@ template <int NV, int MR, class Weight>
 static void linear_tile(const LinearJob& job, const Weight* w, const Weight* next, int64_t column, int64_t r) {
   using V = Vec<float>;
   V acc[MR][NV];
-  const float* a[MR];
+  using Activation = typename Link<Weight>::Activation;
+  const int64_t K = links<Weight>(*job.panels);
+  const Activation* a[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    a[m] = reinterpret_cast<const float*>(static_cast<const char*>(job.a) + (r + m) * job.row);
+    a[m] = reinterpret_cast<const Activation*>(static_cast<const char*>(job.a) + (r + m) * job.row);
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) acc[m][n] = V::load(job.bias + column + n * V::width);
   }
   const int64_t share = r / MR;  // of the next panel, for which the tile asks meanwhile
-  panel_product<float, MR, 1, NV>(w, 0, a, job.panels->K, acc,
-                                  next && share < NV ? next + share * job.panels->K * V::width : nullptr);
+  panel_product<float, MR, 1, NV>(w, 0, a, K, acc, next && share < NV ? next + share * K * V::width : nullptr);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
@@ -275,8 +300,8 @@ static void linear_group(const LinearJob& job, const Weight* w, const Weight* ne
   alignas(64) float sums[kGroupRows][NV * V::width];
   for (int64_t r = 0; r < rows; ++r)
     for (int n = 0; n < NV; ++n) V::load(job.bias + column + n * V::width).store(sums[r] + n * V::width);
-  add_panel<NV>(w, job.panels->K, static_cast<const char*>(job.a) + first * job.row, job.row, rows, sums[0],
-                NV * V::width, next);
+  add_panel<NV>(w, links<Weight>(*job.panels), static_cast<const char*>(job.a) + first * job.row, job.row, rows,
+                sums[0], NV * V::width, next);
   for (int64_t r = 0; r < rows; ++r)
     for (int n = 0; n < NV; ++n)
       V::load(sums[r] + n * V::width).store(job.out + (first + r) * job.out_row + column + n * V::width);
@@ -289,14 +314,15 @@ static void linear_group(const LinearJob& job, const Weight* w, const Weight* ne
 // Limits: none.
 template <int NV, class Weight> static void linear_panels(const LinearJob& job, Part part) {
   const Panels& m = *job.panels;
+  const int64_t K = links<Weight>(m);
   constexpr int64_t width = NV * Vec<float>::width;
   const int64_t begin = part.begin(m.count), end = part.end(m.count);
   const bool grouped =
-      job.rows > tile_rows<NV>() && m.K * width * static_cast<int64_t>(sizeof(Weight)) > kStretchBytes * 3 / 2;
+      job.rows > tile_rows<NV>() && K * width * static_cast<int64_t>(sizeof(Weight)) > kStretchBytes * 3 / 2;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t p = job.backwards ? end - 1 - (i - begin) : i;
-    const Weight *w = m.weights.as<Weight>() + p * m.K * width, *next = nullptr;
-    if (i + 1 < end) next = job.backwards ? w - m.K * width : w + m.K * width;
+    const Weight *w = m.weights.as<Weight>() + p * K * width, *next = nullptr;
+    if (i + 1 < end) next = job.backwards ? w - K * width : w + K * width;
     if (grouped)
       for (int64_t r = 0; r < job.rows; r += kGroupRows)
         linear_group<NV>(job, w, next, p * width, r, job.rows - r < kGroupRows ? job.rows - r : kGroupRows);
@@ -315,36 +341,51 @@ template <class Weight> static void linear(const LinearJob& job, Part part) {
 }
 
 template <class Weight> static void pack(const float* w, int64_t rows, int64_t K, int64_t unit_gates, Panels& out) {
-  constexpr int64_t W = Vec<float>::width;
-  const int64_t elements = out.count * out.vectors * W * K;
+  constexpr int64_t W = Vec<float>::width, count = Link<Weight>::count;
+  const int64_t width = out.vectors * W, elements = out.count * width * K;
   Memory plain(elements * 4);
   pack_panels(
       w, K, out.count, out.vectors,
       [&](int64_t p, int64_t n, int64_t lane) { return panel_row(p, n, lane, W, out.vectors, rows, unit_gates); },
       plain.as<float>());
-  if constexpr (sizeof(Weight) == 4) {
+  if constexpr (count == 1 && sizeof(Weight) == sizeof(float)) {
     out.weights = static_cast<Memory&&>(plain);
   } else {
-    out.weights = Memory(elements * 2);
-    for (int64_t i = 0; i < elements; ++i) out.weights.as<Weight>()[i] = to_bfloat16(plain.as<float>()[i]);
+    out.weights = Memory(out.count * width * out.K * 2);  // 0 beyond K
+    bf16* to = out.weights.as<bf16>();
+    for (int64_t p = 0; p < out.count; ++p)
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t i = 0; i < width; ++i)
+          to[((p * out.K + k) / count * width + i) * count + k % count] =
+              to_bfloat16(plain.as<float>()[(p * K + k) * width + i]);
   }
 }
 
 template <class Weight> static void to_activations(const float* from, int64_t n, void* to, int64_t) {
   for (int64_t i = 0; i < n; ++i)
-    static_cast<float*>(to)[i] = sizeof(Weight) == 4 ? from[i] : widen(to_bfloat16(from[i]));
+    if constexpr (Link<Weight>::count > 1)
+      static_cast<bf16*>(to)[i] = to_bfloat16(from[i]);
+    else
+      static_cast<float*>(to)[i] = sizeof(Weight) == sizeof(float) ? from[i] : widen(to_bfloat16(from[i]));
 }
-static void from_activations(const void* from, int64_t, int64_t n, float* to) {
-  __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+template <class State> static void from_activations(const void* from, int64_t, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(static_cast<const State*>(from)[i]);
 }
 
-template <class Weight> static const DecoderKernels& float_kernels() {
-  static constexpr DecoderKernels kernels = {
-      Vec<float>::width, 4, 1, pack<Weight>, layer<Weight>, linear<Weight>, to_activations<Weight>, from_activations};
+template <class Weight> static const DecoderKernels& kernels_of() {
+  using State = typename Link<Weight>::State;
+  static constexpr DecoderKernels kernels = {Vec<float>::width,      sizeof(State),          Link<Weight>::count,
+                                             pack<Weight>,           layer<Weight>,          linear<Weight>,
+                                             to_activations<Weight>, from_activations<State>};
   return kernels;
 }
-static const DecoderKernels& float_decoder(Precision precision) {
-  return precision == Precision::float32 ? float_kernels<float>() : float_kernels<bf16>();
+static const DecoderKernels& vector_decoder(Precision precision) {
+  if (precision == Precision::float32) return kernels_of<float>();
+#if FR_DOTS
+  return kernels_of<Bf16Pair>();
+#else
+  return kernels_of<bf16>();
+#endif
 }
 
 }  // namespace FR_ISA
@@ -354,8 +395,8 @@ static const DecoderKernels& float_decoder(Precision precision) {
 
 #ifndef FR_ISA
 namespace fr {
-const DecoderKernels& float_decoder(Precision precision) {
-  FR_DISPATCH(float_decoder, precision)
+const DecoderKernels& vector_decoder(Precision precision) {
+  FR_DISPATCH(vector_decoder, precision)
   __builtin_unreachable();
 }
 }  // namespace fr

@@ -9,6 +9,7 @@
 
 #include "decoder.h"
 #include "simd.h"
+#define FR_WITH_DOTS
 #define FR_FILE "decode_int8.cpp"
 #include "each_isa.h"
 
@@ -21,39 +22,55 @@
 namespace fr {
 namespace FR_ISA {
 
-// Two neighbours of k are multiplied as 16-bit numbers and added in one instruction, so they lie side by side: a panel
-// is w[k / 2][vector][lane][k % 2].
-constexpr int64_t kPair = 2;
+// Neighbours of k are multiplied and added in one instruction, two as 16-bit numbers or four as bytes, so they lie side
+// by side: a panel is w[k / kLink][vector][lane][k % kLink].
+constexpr int64_t kLink = FR_DOTS ? 4 : 2;
+// That of four takes activations without a sign: this much is added to them and taken from the sums beforehand.
+constexpr int32_t kShift = FR_DOTS ? 128 : 0;
 
 // W sums of int32.
 struct Sums {
   Vec<float>::RawBits v;
   FR_INLINE Vec<float> to_float() const { return Vec<float>(__builtin_convertvector(v, Vec<float>::Raw)); }
 };
+// Where the sums of the vector at a column of a matrix begin.
+FR_INLINE Sums first_sums(const Panels& panels, int64_t column) {
+  Sums sums{};
+  if constexpr (kShift != 0) __builtin_memcpy(&sums.v, panels.start.as<int32_t>() + column, sizeof sums.v);
+  return sums;
+}
 
-// The 2 W weights at w, as 16-bit numbers.
-struct Pairs {
-#if FR_VEC_BYTES == 64
+// The W * kLink weights at w, of pairs as 16-bit numbers.
+struct Links {
+#if FR_DOTS
   __m512i v;
-  static FR_INLINE Pairs load(const int8_t* w) {
+  static FR_INLINE Links load(const int8_t* w) { return {_mm512_loadu_si512(w)}; }
+#elif FR_VEC_BYTES == 64
+  __m512i v;
+  static FR_INLINE Links load(const int8_t* w) {
     return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)))};
   }
 #elif FR_VEC_BYTES == 32
   __m256i v;
-  static FR_INLINE Pairs load(const int8_t* w) {
+  static FR_INLINE Links load(const int8_t* w) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)))};
   }
 #else
   int32_t even[4], odd[4];
-  static FR_INLINE Pairs load(const int8_t* w) {
-    Pairs p;
+  static FR_INLINE Links load(const int8_t* w) {
+    Links p;
     for (int i = 0; i < 4; ++i) p.even[i] = w[2 * i], p.odd[i] = w[2 * i + 1];
     return p;
   }
 #endif
-  // sums + this times the pair of activations at a
+  // sums + this times the activations at a
   FR_INLINE Sums add_to(Sums sums, const int8_t* a) const {
-#if FR_VEC_BYTES == 64
+#if FR_DOTS
+    int32_t quad;
+    __builtin_memcpy(&quad, a, sizeof quad);
+    const __m512i shifted = _mm512_set1_epi32(quad ^ static_cast<int32_t>(0x80808080));
+    return {(Vec<float>::RawBits)_mm512_dpbusd_epi32((__m512i)sums.v, shifted, v)};
+#elif FR_VEC_BYTES == 64
     const auto pair = static_cast<int>(static_cast<uint16_t>(a[0]) | static_cast<uint32_t>(a[1]) << 16);
     const __m512i products = _mm512_madd_epi16(v, _mm512_set1_epi32(pair));
     return {(Vec<float>::RawBits)_mm512_add_epi32((__m512i)sums.v, products)};
@@ -71,18 +88,18 @@ struct Pairs {
 // sums[m][n] += the products of rows a[m] with a panel of NV vectors.
 template <int MR, int NV>
 FR_INLINE void int8_product(const int8_t* w, const int8_t* const (&a)[MR], int64_t K, Sums (&sums)[MR][NV]) {
-  for (int64_t k = 0; k < K; k += kPair) {
-    Pairs pairs[NV];
+  for (int64_t k = 0; k < K; k += kLink) {
+    Links links[NV];
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) {
       if constexpr (MR == 1) __builtin_prefetch(w + 1024);  // one row waits for weights: ask for them early
-      pairs[n] = Pairs::load(w);
-      w += kPair * Vec<float>::width;
+      links[n] = Links::load(w);
+      w += kLink * Vec<float>::width;
     }
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) sums[m][n] = pairs[n].add_to(sums[m][n], a[m] + k);
+      for (int n = 0; n < NV; ++n) sums[m][n] = links[n].add_to(sums[m][n], a[m] + k);
   }
 }
 
@@ -135,9 +152,13 @@ template <Cell C, int MR> static void int8_cell_tile(const LayerJob& job, int64_
     for (int n = 0; n < NV; ++n) x[m][n] = V::load(init + first + n * W);
   }
   if (job.a1) {
-    Sums sums[MR][NV] = {};
+    Sums sums[MR][NV];
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) a[m] = static_cast<const int8_t*>(job.a1) + (r + m) * job.row1;
+    for (int m = 0; m < MR; ++m) {
+      a[m] = static_cast<const int8_t*>(job.a1) + (r + m) * job.row1;
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) sums[m][n] = first_sums(in, first + n * W);
+    }
     int8_product<MR, NV>(in.weights.template as<int8_t>() + p * in.K * NV * W, a, in.K, sums);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m)
@@ -146,9 +167,13 @@ template <Cell C, int MR> static void int8_cell_tile(const LayerJob& job, int64_
         x[m][n] = add_worth(sums[m][n], in, first + n * W, row_scale(a[m], job.row1), x[m][n]);
   }
   const int64_t row = job.network->row;
-  Sums sums[MR][NV] = {};
+  Sums sums[MR][NV];
 #pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) a[m] = static_cast<const int8_t*>(job.a2) + (r + m) * row;
+  for (int m = 0; m < MR; ++m) {
+    a[m] = static_cast<const int8_t*>(job.a2) + (r + m) * row;
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) sums[m][n] = first_sums(hidden, first + n * W);
+  }
   int8_product<MR, NV>(hidden.weights.template as<int8_t>() + p * hidden.K * NV * W, a, hidden.K, sums);
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
@@ -190,9 +215,13 @@ template <int NV, int MR> static void int8_linear_tile(const LinearJob& job, int
   using V = Vec<float>;
   const Panels& panels = *job.panels;
   const int8_t* a[MR];
-  Sums sums[MR][NV] = {};
+  Sums sums[MR][NV];
 #pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) a[m] = static_cast<const int8_t*>(job.a) + (r + m) * job.row;
+  for (int m = 0; m < MR; ++m) {
+    a[m] = static_cast<const int8_t*>(job.a) + (r + m) * job.row;
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) sums[m][n] = first_sums(panels, (p * NV + n) * V::width);
+  }
   int8_product<MR, NV>(panels.weights.as<int8_t>() + p * panels.K * NV * V::width, a, panels.K, sums);
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
@@ -232,16 +261,20 @@ static void int8_pack(const float* w, int64_t rows, int64_t K, int64_t unit_gate
   constexpr int64_t W = Vec<float>::width;
   out.weights = Memory(out.count * out.vectors * W * out.K);
   out.scale = Memory(out.count * out.vectors * W * 4);
+  if (kShift != 0) out.start = Memory(out.count * out.vectors * W * 4);
   for (int64_t p = 0; p < out.count; ++p)
     for (int64_t n = 0; n < out.vectors; ++n)
       for (int64_t lane = 0; lane < W; ++lane) {
         const int64_t row = panel_row(p, n, lane, W, out.vectors, rows, unit_gates);
         if (row < 0) continue;  // stays zero
-        out.scale.as<float>()[(p * out.vectors + n) * W + lane] =
-            to_int8_weights(w + row * K, K, [&](int64_t k, int8_t integer) {
-              const int64_t pair = (p * out.K / kPair + k / kPair) * out.vectors + n;
-              out.weights.as<int8_t>()[(pair * W + lane) * kPair + k % kPair] = integer;
-            });
+        const int64_t column = (p * out.vectors + n) * W + lane;
+        int32_t sum = 0;
+        out.scale.as<float>()[column] = to_int8_weights(w + row * K, K, [&](int64_t k, int8_t integer) {
+          const int64_t link = (p * out.K / kLink + k / kLink) * out.vectors + n;
+          out.weights.as<int8_t>()[(link * W + lane) * kLink + k % kLink] = integer;
+          sum += integer;
+        });
+        if (kShift != 0) out.start.as<int32_t>()[column] = -kShift * sum;
       }
 }
 
@@ -249,7 +282,7 @@ static void int8_activations(const float* from, int64_t n, void* to, int64_t row
 static void int8_floats(const void* from, int64_t row, int64_t n, float* to) { from_int8_row(from, row, n, to); }
 
 static const DecoderKernels& int8_decoder(Precision) {
-  static constexpr DecoderKernels kernels = {Vec<float>::width, 1,          kPair, int8_pack, int8_layer, int8_linear,
+  static constexpr DecoderKernels kernels = {Vec<float>::width, 1,          kLink, int8_pack, int8_layer, int8_linear,
                                              int8_activations,  int8_floats};
   return kernels;
 }

@@ -140,7 +140,7 @@ void pack_inputs(const NetworkWeights& from, PackedNetwork& net) {
 // before the cache is full.
 void lie_together(PackedNetwork& net) {
   std::vector<Memory*> parts;
-  const auto add = [&](Panels& m) { parts.insert(parts.end(), {&m.weights, &m.scale}); };
+  const auto add = [&](Panels& m) { parts.insert(parts.end(), {&m.weights, &m.scale, &m.start}); };
   for (PackedLayer& layer : net.layers)
     add(layer.input), add(layer.hidden), parts.insert(parts.end(), {&layer.bias, &layer.bias_q});
   add(net.head), parts.push_back(&net.head_bias);
@@ -165,6 +165,7 @@ std::vector<Panels> sliced(const PackedNetwork& net, const Panels& m, int64_t pa
     slice.K = m.K, slice.vectors = m.vectors, slice.count = std::min(each, m.count - p);
     slice.weights = Memory(m.weights, p * panel_bytes);
     if (m.scale.get()) slice.scale = Memory(m.scale, p * width * static_cast<int64_t>(sizeof(float)));
+    if (m.start.get()) slice.start = Memory(m.start, p * width * static_cast<int64_t>(sizeof(int32_t)));
   }
   return slices;
 }
@@ -186,7 +187,7 @@ const DecoderKernels& decoder_kernels(Precision precision) {
 #if FR_KNOWS_AMX
   if (precision != Precision::float32 && current_isa() == Isa::amx) return tile_decoder(precision);
 #endif
-  return precision == Precision::int8 ? int8_decoder() : float_decoder(precision);
+  return precision == Precision::int8 ? int8_decoder() : vector_decoder(precision);
 }
 
 std::unique_ptr<PackedNetwork> pack_network(const NetworkWeights& from, Precision precision) {

@@ -35,6 +35,7 @@ struct Panels {
   int64_t K = 0, count = 0, vectors = 0;
   Memory weights;  // float, bf16 or int8_t
   Memory scale;    // int8: (count * vectors * W) what a weight's integers are multiplied by
+  Memory start;    // int8 multiplied by fours: (count * vectors * W) int32 that the sums begin at
 };
 
 struct PackedLayer {
@@ -132,8 +133,8 @@ struct DecoderKernels {
 
 // The kernels of a precision on the current instruction set.
 const DecoderKernels& decoder_kernels(Precision precision);
-// Those of each file: decode.cpp with float activations, decode_int8.cpp, decode_tiles.cpp with matrix tiles.
-const DecoderKernels& float_decoder(Precision precision);
+// Those of each file: decode.cpp, decode_int8.cpp, decode_tiles.cpp with matrix tiles.
+const DecoderKernels& vector_decoder(Precision precision);
 const DecoderKernels& int8_decoder();
 const DecoderKernels& tile_decoder(Precision precision);
 

@@ -85,8 +85,9 @@ static void forward_block(const CellWeights<S, G>& w, int64_t b0, int64_t b1, co
   }
 }
 
-// ---- a step by itself: packing the weights takes longer than one use, so they are read as they lie. A sum runs along
-// k in the lanes of a vector, which are added at the end; it does not depend on the number of rows.
+// ---- a step by itself: packing the weights takes longer than one use, so they are read as they lie, but for matrix
+// tiles. A sum runs along k in the lanes of a vector, which are added at the end; it does not depend on the number of
+// rows.
 
 // sum[m][l] += w[l][k] a[m][k], lane by lane along k.
 // Owns:   MR x N sums, as vectors of partial sums.
@@ -96,20 +97,19 @@ static void forward_block(const CellWeights<S, G>& w, int64_t b0, int64_t b1, co
 // Limits: none.
 template <int MR, int N, class S>
 FR_INLINE void add_products(const S* const* w, const S* const* a, int64_t K, Vec<Real<S>> (&sum)[MR][N]) {
-  using V = Vec<Real<S>>;
   const auto add = [&](int64_t k, auto... left) {
-    V av[MR];
+    Neighbours<S> av[MR];
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) av[m] = load(a[m] + k, left...);
+    for (int m = 0; m < MR; ++m) av[m] = neighbours(a[m] + k, left...);
 #pragma GCC unroll 8
     for (int l = 0; l < N; ++l) {
-      const V wv = load(w[l] + k, left...);
+      const Neighbours<S> wv = neighbours(w[l] + k, left...);
 #pragma GCC unroll 4
       for (int m = 0; m < MR; ++m) sum[m][l] = fma(av[m], wv, sum[m][l]);
     }
   };
   int64_t k = 0;
-  for (; k + V::width <= K; k += V::width) add(k);
+  for (; k + neighbour_count<S> <= K; k += neighbour_count<S>) add(k);
   if (k < K) add(k, K - k);
 }
 
@@ -193,8 +193,8 @@ static void forward_step(const Sequence<S>& q, int64_t p0, int64_t p1, const Cel
 // ---- either
 
 // All steps of all rows, split over the threads; the rows of a thread in blocks whose gx and state stay in a core's own
-// cache. A single step splits the panels instead: it reads the weights as they lie, or packs a panel for tiles and uses
-// it while it is in cache.
+// cache. A single step splits the panels instead: it reads the weights as they lie, or packs a panel for the matrix
+// tiles and uses it while it is in cache.
 template <class S, int G, class Cell>
 static void forward_steps(const Sequence<S>& q, int64_t multiply_adds, const S* y, const Cell& cell) {
   constexpr int64_t cache_bytes = 512 * 1024, least = 64;
@@ -213,7 +213,7 @@ static void forward_steps(const Sequence<S>& q, int64_t multiply_adds, const S* 
     return split(q.pool, q.B, multiply_adds, [&](int64_t b0, int64_t b1) { blocks(w, b0, b1); });
   }
   split(q.pool, panels, multiply_adds, [&](int64_t p0, int64_t p1) {
-    if constexpr (on_tiles<S>)
+    if constexpr (FR_AMX && on_tiles<S>)
       for (int64_t p = p0; p < p1; ++p) blocks(CellWeights<S, G>(q, p, p + 1, {true, true}), 0, q.B);
     else
       forward_step<S, G>(q, p0, p1, cell);

@@ -4,6 +4,7 @@
 
 #include "simd.h"
 #define FR_WITH_AMX
+#define FR_WITH_DOTS
 #define FR_FILE "gru.cpp"
 #include "each_isa.h"
 
@@ -13,7 +14,7 @@
 #include "../cell_math.h"
 #include "panel.h"
 #include "gemm.h"
-#include "amx.h"
+#include "tiles.h"
 #include "products.h"
 #include "sequence.h"
 #include "forward.h"
@@ -164,8 +165,8 @@ template <class S> static void gru_backward(const GruBackward<S>& call) {
 
 #ifndef FR_ISA
 namespace fr {
-template <class F> void gru_forward(const GruForward<F>& call) { FR_DISPATCH(gru_forward<F>, call) }
-template <class F> void gru_backward(const GruBackward<F>& call) { FR_DISPATCH(gru_backward<F>, call) }
+template <class F> void gru_forward(const GruForward<F>& call) { FR_DISPATCH_OF(F, gru_forward<F>, call) }
+template <class F> void gru_backward(const GruBackward<F>& call) { FR_DISPATCH_OF(F, gru_backward<F>, call) }
 template void gru_forward(const GruForward<float>&);
 template void gru_forward(const GruForward<double>&);
 template void gru_forward(const GruForward<bf16>&);

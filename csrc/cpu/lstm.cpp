@@ -4,6 +4,7 @@
 
 #include "simd.h"
 #define FR_WITH_AMX
+#define FR_WITH_DOTS
 #define FR_FILE "lstm.cpp"
 #include "each_isa.h"
 
@@ -13,7 +14,7 @@
 #include "../cell_math.h"
 #include "panel.h"
 #include "gemm.h"
-#include "amx.h"
+#include "tiles.h"
 #include "products.h"
 #include "sequence.h"
 #include "forward.h"
@@ -226,8 +227,8 @@ template <class S> static void lstm_backward(const LstmBackward<S>& call) {
 
 #ifndef FR_ISA
 namespace fr {
-template <class F> void lstm_forward(const LstmForward<F>& call) { FR_DISPATCH(lstm_forward<F>, call) }
-template <class F> void lstm_backward(const LstmBackward<F>& call) { FR_DISPATCH(lstm_backward<F>, call) }
+template <class F> void lstm_forward(const LstmForward<F>& call) { FR_DISPATCH_OF(F, lstm_forward<F>, call) }
+template <class F> void lstm_backward(const LstmBackward<F>& call) { FR_DISPATCH_OF(F, lstm_backward<F>, call) }
 template void lstm_forward(const LstmForward<float>&);
 template void lstm_forward(const LstmForward<double>&);
 template void lstm_forward(const LstmForward<bf16>&);

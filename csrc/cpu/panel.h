@@ -74,10 +74,10 @@ static void pack_columns(const S* w, int64_t K, int64_t N, int64_t first, int64_
 }
 
 // acc[m][n] += sum_k a[m][k] w[k][n] for PN panels of PV vectors each, panel_stride elements apart. Meanwhile a vector
-// for each k is asked for at `next`, which is where the caller will want weights soon. w is F, or uint16_t for
-// bfloat16, widened as it is read. Owns:   an MR x (PN * PV vectors) tile of the product. Keeps:  MR * PN * PV
-// accumulator vectors; at most 24 of them fit the 32 registers of AVX-512, 9 the 16 of others. Moves:  PN * PV vectors
-// of w and MR elements of a for each k. Syncs:  nothing. Limits: none.
+// for each k is asked for at `next`, which is where the caller will want weights soon. w is F, or bf16, widened as it
+// is read; or both are Bf16Pair, and k counts those. Owns:   an MR x (PN * PV vectors) tile of the product. Keeps:  MR
+// * PN * PV accumulator vectors; at most 24 of them fit the 32 registers of AVX-512, 9 the 16 of others. Moves:  PN *
+// PV vectors of w and MR elements of a for each k. Syncs:  nothing. Limits: none.
 template <class F, int MR, int PN, int PV, class Weight, class S>
 FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* const (&a)[MR], int64_t K,
                              Vec<F> (&acc)[MR][PN * PV], const Weight* next = nullptr) {
@@ -85,7 +85,7 @@ FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* con
   constexpr int64_t ahead = 1024 / sizeof(Weight);  // few rows wait for w: ask for it early
   if (!next) next = w;
   for (int64_t k = 0; k < K; ++k) {
-    V wv[PN * PV];
+    decltype(load(w)) wv[PN * PV];
 #pragma GCC unroll 8
     for (int n = 0; n < PN * PV; ++n) {
       const Weight* at = w + (n / PV) * panel_stride + (n % PV) * V::width;
@@ -95,7 +95,7 @@ FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* con
     if constexpr (MR > 2) __builtin_prefetch(next + k * V::width, 0, 2);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const V av(widen(a[m][k]));
+      const auto av = spread(a[m][k]);
 #pragma GCC unroll 8
       for (int n = 0; n < PN * PV; ++n) acc[m][n] = fma(av, wv[n], acc[m][n]);
     }

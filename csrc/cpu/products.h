@@ -75,7 +75,7 @@ template <class S> class PackedMatrix {
         tiles_(on_tiles<S> ? round_up(N, 16) * round_up(K, 32) : 0) {}
   // One lane a row of w (N, K).
   void pack_rows(const Pool& pool, const S* w) {
-#if FR_AMX
+#if FR_DOTS
     if constexpr (on_tiles<S>)
       return split(pool, columns(), N_ * K_, [this, w](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; ++c)
@@ -94,7 +94,7 @@ template <class S> class PackedMatrix {
   void pack_transposed(const Pool& pool, const S* w, int64_t first = 0) {
     w_ = w, first_ = first;
     if (!ahead_) return;
-#if FR_AMX
+#if FR_DOTS
     if constexpr (on_tiles<S>)
       return split(pool, columns(), N_ * K_, [this, w, first](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; ++c) {
@@ -109,7 +109,7 @@ template <class S> class PackedMatrix {
           [this, w, first](int64_t p0, int64_t p1) { pack_columns(w, K_, N_, first, p0, p1, NV_, data_.get()); });
   }
   template <class O> void multiply(int64_t rows, const S* const* a, O* const* out) const {
-#if FR_AMX
+#if FR_DOTS
     if constexpr (on_tiles<S>) return multiply_on_tiles(rows, a, out);
 #endif
     if (!ahead_) return multiply_in_place(w_, K_, N_, first_, rows, a, out);
@@ -136,7 +136,7 @@ template <class S> class PackedMatrix {
   Scratch<F> data_;
   Scratch<S> tiles_;
 
-#if FR_AMX
+#if FR_DOTS
   int64_t columns() const { return (N_ + 15) / 16; }
   S* tile(int64_t column) const { return tiles_.get() + column * tiles_of_k(K_) * tile_elements; }
 
@@ -210,7 +210,7 @@ template <class S, int G> struct CellWeights {
  private:
   void pack(int64_t i0, int64_t i1) const {  // counted from p0
     const auto row_of = [this](int64_t i, int64_t n, int64_t lane) { return row(q, p0 + i, n, lane); };
-#if FR_AMX
+#if FR_DOTS
     if constexpr (on_tiles<S>) {
       for (int64_t c = i0 * PV; c < i1 * PV; ++c) {
         const auto row = [&](int64_t lane) { return row_of(c / PV, c % PV, lane); };
@@ -305,7 +305,7 @@ template <class S, int G> struct Products {
   static constexpr int64_t row_elements = CellWeights<S, G>::sums * Vec<Real<S>>::width;
 
   void input(int64_t rows, const S* const* x, Real<S>* gx) const {
-#if FR_AMX
+#if FR_DOTS
     if constexpr (on_tiles<S>) {
       for (int64_t p = 0; p < w.p1 - w.p0; ++p)
         for (int64_t m = 0; m < rows; ++m)
@@ -317,14 +317,14 @@ template <class S, int G> struct Products {
   }
   // Row m of the step is row m of gx.
   void hidden(int64_t rows, const S* const* h, Real<S>* gx, int64_t panel_stride) const {
-#if FR_AMX
+#if FR_DOTS
     if constexpr (on_tiles<S>) add(rows, h, w.q.P, w.tiles_hh.get(), 3, gx, panel_stride);
 #endif
     (void)rows, (void)h, (void)gx, (void)panel_stride;
   }
 
  private:
-#if FR_AMX
+#if FR_DOTS
   // third: which of a panel's sums its third vector adds to.
   void add(int64_t rows, const S* const* a, int64_t K, const S* tiles, int64_t third, float* gx,
            int64_t panel_stride) const {

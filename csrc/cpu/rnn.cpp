@@ -5,6 +5,7 @@
 
 #include "simd.h"
 #define FR_WITH_AMX
+#define FR_WITH_DOTS
 #define FR_FILE "rnn.cpp"
 #include "each_isa.h"
 
@@ -14,7 +15,7 @@
 #include "../cell_math.h"
 #include "panel.h"
 #include "gemm.h"
-#include "amx.h"
+#include "tiles.h"
 #include "products.h"
 #include "sequence.h"
 #include "forward.h"
@@ -136,8 +137,8 @@ template <class S> static void rnn_backward(const RnnBackward<S>& call) {
 
 #ifndef FR_ISA
 namespace fr {
-template <class F> void rnn_forward(const RnnForward<F>& call) { FR_DISPATCH(rnn_forward<F>, call) }
-template <class F> void rnn_backward(const RnnBackward<F>& call) { FR_DISPATCH(rnn_backward<F>, call) }
+template <class F> void rnn_forward(const RnnForward<F>& call) { FR_DISPATCH_OF(F, rnn_forward<F>, call) }
+template <class F> void rnn_backward(const RnnBackward<F>& call) { FR_DISPATCH_OF(F, rnn_backward<F>, call) }
 template void rnn_forward(const RnnForward<float>&);
 template void rnn_forward(const RnnForward<double>&);
 template void rnn_forward(const RnnForward<bf16>&);

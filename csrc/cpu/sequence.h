@@ -121,7 +121,7 @@ template <class F> static void weight_grad(const Pool& pool, int64_t M, const Ou
   const bool narrow = s.N * 2 <= Vec<Real<F>>::width;
   split(pool, M, M * s.N * s.K, [&](int64_t m0, int64_t m1) {
     if (s.db) column_sums(s.K, m1 - m0, s.g + m0, s.ldg, s.db + m0);
-#if FR_AMX
+#if FR_DOTS
     if constexpr (on_tiles<F>)
       if (!narrow) return outer_sum_on_tiles(s, m0, m1);
 #endif

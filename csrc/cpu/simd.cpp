@@ -4,8 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#if FR_KNOWS_AMX
+#if FR_X86
 #include <cpuid.h>
+#endif
+#if FR_KNOWS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -22,20 +24,29 @@ constexpr Variant variants[] = {
     {Isa::portable, "portable", "nothing"},
     {Isa::avx2, "avx2", "avx2 and fma"},
     {Isa::avx512, "avx512", "avx512f, avx512bw, avx512dq, avx512vl and fma"},
-    {Isa::amx, "amx", "AVX-512 with bf16 and vnni, amx_tile, amx_bf16, amx_int8 and Linux 5.16 or later"},
+    {Isa::avx512_bf16, "avx512_bf16", "those of avx512, avx512_bf16 and avx512_vnni"},
+    {Isa::amx, "amx", "those of avx512_bf16, amx_tile, amx_bf16, amx_int8 and Linux 5.16 or later"},
 };
 
 #if FR_X86
-// AMX and the vector instructions that go with it, and the kernel's leave to use 8 KB of tile state.
+bool has_dots() {
+#if FR_KNOWS_DOTS
+  constexpr unsigned vnni = 1u << 11, avx512_bf16 = 1u << 5;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ecx & vnni)) return false;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & avx512_bf16);
+#else
+  return false;
+#endif
+}
+
+// The matrix tiles, and the kernel's leave to use 8 KB of their state.
 bool has_amx() {
 #if FR_KNOWS_AMX
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25, vnni = 1u << 11;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
   constexpr unsigned tiles = amx_bf16 | amx_tile | amx_int8;
-  if ((edx & tiles) != tiles || !(ecx & vnni)) return false;
-  constexpr unsigned avx512_bf16 = 1u << 5;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & avx512_bf16)) return false;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & tiles) != tiles) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -53,14 +64,15 @@ bool cpu_has(Isa isa) {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return false;
-  return isa == Isa::avx512 || has_amx();
+  if (isa == Isa::avx512) return true;
+  return has_dots() && (isa == Isa::avx512_bf16 || has_amx());
 #else
   return false;
 #endif
 }
 
 Isa best_isa() {
-  for (const Isa isa : {Isa::amx, Isa::avx512, Isa::avx2})
+  for (const Isa isa : {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2})
     if (cpu_has(isa)) return isa;
   return Isa::portable;
 }
@@ -72,7 +84,7 @@ Isa isa_of_name(const std::string& name, const std::string& asked_by) {
     throw std::runtime_error(asked_by + " asks for '" + name + "', which needs " + v.needs + "; this CPU has up to '" +
                              variants[static_cast<int>(best_isa())].name + "'");
   }
-  throw std::runtime_error(asked_by + " must be portable, avx2, avx512 or amx, got '" + name + "'");
+  throw std::runtime_error(asked_by + " must be portable, avx2, avx512, avx512_bf16 or amx, got '" + name + "'");
 }
 
 Isa isa_of_environment() {

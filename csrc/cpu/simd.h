@@ -32,6 +32,12 @@
 #pragma GCC diagnostic pop
 #endif
 #endif
+// Whether this compiler knows AVX-512's products of pairs of bfloat16 and of quads of int8.
+#if FR_X86 && (defined(__clang__) || __GNUC__ >= 10)
+#define FR_KNOWS_DOTS 1
+#else
+#define FR_KNOWS_DOTS 0
+#endif
 // Whether this compiler knows the matrix tiles (AMX) and this system lends them to a process that asks.
 #if FR_X86 && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define FR_KNOWS_AMX 1
@@ -41,7 +47,7 @@
 
 namespace fr {
 
-enum class Isa { portable, avx2, avx512, amx };
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
 // What the next call runs; the errors of cpu_isa().
 Isa current_isa();

@@ -206,7 +206,7 @@ FR_INLINE Vec<float> load(const bf16* p, int64_t n) {
 }
 // To nearest, ties to even; NaN stays NaN.
 FR_INLINE void store(Vec<float> a, bf16* p) {
-#if FR_AMX
+#if FR_DOTS
   const __m256bh h = _mm512_cvtneps_pbh((__m512)a.v);
 #else
   const WideBits bits = (WideBits)a.v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -220,6 +220,56 @@ FR_INLINE void store(Vec<float> a, bf16* p, int64_t n) {
   store(a, some);
   __builtin_memcpy(p, some, static_cast<size_t>(n) * sizeof(bf16));
 }
+
+// What one multiply-add takes of a row of S along k: a vector or, of bfloat16, pairs, both products of which are added
+// to a lane. Of one pair, `spread` fills all lanes.
+struct Bf16Pair {
+  bf16 of[2];
+};
+#if FR_DOTS
+struct Bf16Pairs {
+  __m512bh v;
+};
+FR_INLINE Bf16Pairs load(const Bf16Pair* p) {
+  Bf16Pairs a;
+  __builtin_memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+FR_INLINE Bf16Pairs spread(Bf16Pair pair) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &pair, sizeof bits);
+  return {(__m512bh)_mm512_set1_epi32(bits)};
+}
+FR_INLINE Vec<float> fma(Bf16Pairs a, Bf16Pairs b, Vec<float> c) {
+  return Vec<float>((Vec<float>::Raw)_mm512_dpbf16_ps((__m512)c.v, a.v, b.v));
+}
+#endif
+template <class S> FR_INLINE Vec<Real<S>> spread(S a) { return Vec<Real<S>>(widen(a)); }
+
+template <class S> struct NeighboursOf {
+  using type = Vec<Real<S>>;
+  static constexpr int64_t count = type::width;
+};
+template <class S> FR_INLINE Vec<Real<S>> neighbours(const S* p) { return load(p); }
+template <class S> FR_INLINE Vec<Real<S>> neighbours(const S* p, int64_t n) { return load(p, n); }
+#if FR_DOTS
+template <> struct NeighboursOf<bf16> {
+  using type = Bf16Pairs;
+  static constexpr int64_t count = 2 * Vec<float>::width;
+};
+FR_INLINE Bf16Pairs neighbours(const bf16* p) {
+  Bf16Pairs a;
+  __builtin_memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+FR_INLINE Bf16Pairs neighbours(const bf16* p, int64_t n) {
+  bf16 some[NeighboursOf<bf16>::count] = {};
+  __builtin_memcpy(some, p, static_cast<size_t>(n) * sizeof(bf16));
+  return neighbours(some);
+}
+#endif
+template <class S> using Neighbours = typename NeighboursOf<S>::type;
+template <class S> constexpr int64_t neighbour_count = NeighboursOf<S>::count;
 
 // Which lane of the two vectors a, b (numbered through, 0 .. 2W-1) goes to lane i of a shuffle's result: an exchange of
 // lanes between two rows D apart of a square, which is the step of a transposition. Up: what becomes the second row.

@@ -1,9 +1,9 @@
-// The products of the cells for bfloat16 on the matrix tiles (AMX); empty for other instruction sets. Compiled once per
-// instruction set, by each_isa.h.
+// The products of the cells for bfloat16 by AVX-512's products of pairs, or on the matrix tiles (AMX); empty for other
+// instruction sets. Compiled once per instruction set, by each_isa.h.
 //
 // A tile is 16 rows of 64 bytes. Of the left factor it holds 16 rows of 32 k; of the right factor 16 pairs of k for 16
 // columns, the two of a pair side by side; of the sums 16 x 16 floats. Both factors are packed as whole tiles, 0 where
-// K ends. An output element depends on its row and column alone: a tile multiplies each of its rows the same way.
+// K ends. An output element depends on its row and column alone: its sum runs along k, pair by pair.
 
 #if FR_AMX
 #include "tile_shape.h"
@@ -13,9 +13,9 @@ namespace fr {
 namespace FR_ISA {
 
 // Whether the products of S run on tiles.
-template <class S> constexpr bool on_tiles = FR_AMX && sizeof(S) == sizeof(bf16);
+template <class S> constexpr bool on_tiles = FR_DOTS && sizeof(S) == sizeof(bf16);
 
-#if FR_AMX
+#if FR_DOTS
 
 constexpr int64_t tile_elements = 512, tile_k = 32, tile_n = 16;
 constexpr int64_t tiles_of_k(int64_t K) { return (K + tile_k - 1) / tile_k; }
@@ -70,6 +70,9 @@ template <class RowOf> static void pack_right(int64_t K, int64_t n, RowOf row_of
   }
 }
 
+// tile_product: out = or += the product of packed factors, `rows` rows and `columns` column tiles. Column tile c of row
+// 0 is at at(c), rows are ldc apart.
+#if FR_AMX
 // c = or += the product of RB row tiles and CB column tiles, each of KB tiles in a row.
 template <int RB, int CB>
 FR_INLINE void tile_block(const bf16* a, const bf16* w, int64_t KB, bool add, float* c0, float* c1, int64_t ldc) {
@@ -105,9 +108,11 @@ FR_INLINE void tile_block(const bf16* a, const bf16* w, int64_t KB, bool add, fl
   if constexpr (RB > 1 && CB > 1) _tile_stored(3, c1 + 16 * ldc, stride);
 }
 
-// out = or += the product of packed factors: `rows` rows, column tiles c0 .. c1. Column tile c of row 0 is at at(c),
-// rows are ldc apart. Owns:   the elements of out. Keeps:  2 x 2 tiles of sums. Moves:  two column tiles of w, for all
-// rows, then the next two; a for each two. Syncs:  nothing. Limits: none.
+// Owns:   the elements of out.
+// Keeps:  2 x 2 tiles of sums.
+// Moves:  two column tiles of w, for all rows, then the next two; a for each two.
+// Syncs:  nothing.
+// Limits: none.
 template <class At>
 static void tile_product(int64_t rows, const bf16* a, const bf16* w, int64_t KB, int64_t columns, bool add, At at,
                          int64_t ldc) {
@@ -133,6 +138,62 @@ static void tile_product(int64_t rows, const bf16* a, const bf16* w, int64_t KB,
   }
   _tile_release();
 }
+#else
+// c[n] = or += the product of MR rows of a row tile and CN column tiles, each of KB tiles in a row.
+template <int MR, int CN>
+FR_INLINE void dot_block(const bf16* a, const bf16* w, int64_t KB, bool add, float* const (&c)[CN], int64_t ldc) {
+  Vec<float> sum[MR][CN];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < CN; ++n) sum[m][n] = add ? load(c[n] + m * ldc) : Vec<float>(0);
+  for (int64_t kb = 0; kb < KB; ++kb, a += tile_elements, w += tile_elements)
+    for (int64_t k = 0; k < tile_k; k += 2) {
+      Bf16Pairs right[CN];
+#pragma GCC unroll 4
+      for (int n = 0; n < CN; ++n) right[n] = neighbours(w + n * KB * tile_elements + k * tile_n);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const Bf16Pairs left = spread(Bf16Pair{a[m * tile_k + k], a[m * tile_k + k + 1]});
+#pragma GCC unroll 4
+        for (int n = 0; n < CN; ++n) sum[m][n] = fma(left, right[n], sum[m][n]);
+      }
+    }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < CN; ++n) store(sum[m][n], c[n] + m * ldc);
+}
+
+// Owns:   the elements of out.
+// Keeps:  8 x 3 vectors of sums.
+// Moves:  three column tiles of w for each 8 rows, so from a core's own cache; a once for each three.
+// Syncs:  nothing.
+// Limits: none.
+template <int CN, class At>
+static void dot_columns(int64_t rows, const bf16* a, const bf16* w, int64_t KB, int64_t c, bool add, At at,
+                        int64_t ldc) {
+  const int64_t row_tile = KB * tile_elements;
+  const auto block = [&](auto count, int64_t m) {
+    float* to[CN];
+    for (int n = 0; n < CN; ++n) to[n] = at(c + n) + m * ldc;
+    dot_block<decltype(count)::value, CN>(a + m / 16 * row_tile + m % 16 * tile_k, w + c * row_tile, KB, add, to, ldc);
+  };
+  int64_t m = 0;
+  for (; m + 8 <= rows; m += 8) block(std::integral_constant<int, 8>{}, m);
+  if (m + 4 <= rows) block(std::integral_constant<int, 4>{}, m), m += 4;
+  if (m + 2 <= rows) block(std::integral_constant<int, 2>{}, m), m += 2;
+  if (m < rows) block(std::integral_constant<int, 1>{}, m);
+}
+template <class At>
+static void tile_product(int64_t rows, const bf16* a, const bf16* w, int64_t KB, int64_t columns, bool add, At at,
+                         int64_t ldc) {
+  int64_t c = 0;
+  for (; c + 3 <= columns; c += 3) dot_columns<3>(rows, a, w, KB, c, add, at, ldc);
+  if (c + 2 == columns) dot_columns<2>(rows, a, w, KB, c, add, at, ldc);
+  if (c + 1 == columns) dot_columns<1>(rows, a, w, KB, c, add, at, ldc);
+}
+#endif
 
 // The rows m0 .. m1 of an outer sum. Rows of g may be read up to a vector beyond their end.
 static void outer_sum_on_tiles(const OuterSum<bf16>& s, int64_t m0, int64_t m1) {
