@@ -26,6 +26,7 @@ CHUNK_STEPS = 1024  # longest piece of a prompt in one call
 # Below this many weights a step is microseconds of work, and waking a second thread costs more than it saves; on a busy
 # machine a thousand times more. It depends on the network alone: the number of threads may change a product's rounding.
 ONE_THREAD_WEIGHTS = 1 << 17
+ALIGNED = 64  # bytes, as every new tensor is: products of few rows may be rounded by where these lie
 ALONE_STEPS = 128  # from here on a piece fills the machine by itself and runs as one row
 TOKENS_AT_ONCE = 1 << 14  # bounds the memory of a prefill: rows x steps of one call
 
@@ -283,11 +284,12 @@ def _narrow(state: State, start: int, rows: int) -> State:
 
 
 def _fill(tensor: Tensor, start: int, size: int, dim: int = 1) -> Tensor:
-    """Rows start .. start+size of ``dim``, filled up with zeros where the tensor ends before."""
+    """Rows start .. start+size of ``dim``, filled up with zeros where the tensor ends before, and aligned."""
     part = tensor.narrow(dim, start, min(size, tensor.shape[dim] - start))
     lacking = size - part.shape[dim]
     if lacking == 0:
-        return part
+        aligned = part.is_contiguous() and part.data_ptr() % ALIGNED == 0
+        return part if aligned else part.clone(memory_format=torch.contiguous_format)
     shape = list(part.shape)
     shape[dim] = lacking
     return torch.cat([part, part.new_zeros(shape)], dim)
