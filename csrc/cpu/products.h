@@ -59,8 +59,8 @@ static void multiply_in_place(const S* w, int64_t K, int64_t N, int64_t first, i
 }
 
 // w (N, K) or its transpose, packed for `multiply`: out[m] (N,) = w a[m] for rows given by their addresses. With
-// `ahead` false nothing is packed and the transpose is read as it lies, which pays for few uses; the products are the
-// same, bit for bit.
+// `ahead` false nothing is packed and the transpose is read as it lies, which pays for few uses; but for tiles the
+// products are the same, bit for bit.
 template <class S> class PackedMatrix {
   using F = Real<S>;
 
@@ -70,9 +70,9 @@ template <class S> class PackedMatrix {
         N_(N),
         NV_(vectors_of_panel(N)),
         panels_((N + NV_ * Vec<F>::width - 1) / (NV_ * Vec<F>::width)),
-        ahead_(ahead || on_tiles<S>),
+        ahead_(ahead),
         data_(on_tiles<S> || !ahead ? 0 : panels_ * K * NV_ * Vec<F>::width),
-        tiles_(on_tiles<S> ? round_up(N, 16) * round_up(K, 32) : 0) {}
+        tiles_(on_tiles<S> && ahead ? round_up(N, 16) * round_up(K, 32) : 0) {}
   // One lane a row of w (N, K).
   void pack_rows(const Pool& pool, const S* w) {
 #if FR_DOTS
@@ -109,10 +109,10 @@ template <class S> class PackedMatrix {
           [this, w, first](int64_t p0, int64_t p1) { pack_columns(w, K_, N_, first, p0, p1, NV_, data_.get()); });
   }
   template <class O> void multiply(int64_t rows, const S* const* a, O* const* out) const {
+    if (!ahead_) return multiply_in_place(w_, K_, N_, first_, rows, a, out);
 #if FR_DOTS
     if constexpr (on_tiles<S>) return multiply_on_tiles(rows, a, out);
 #endif
-    if (!ahead_) return multiply_in_place(w_, K_, N_, first_, rows, a, out);
     switch (NV_) {
       case 4: return each_tile<4>(0, panels_, rows, RowProduct<S, O, 4>{data_.get(), K_, N_, panels_, a, out});
       case 3: return each_tile<3>(0, panels_, rows, RowProduct<S, O, 3>{data_.get(), K_, N_, panels_, a, out});
