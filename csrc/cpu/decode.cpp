@@ -124,34 +124,18 @@ static void cell_tile(const CellPanel<Weight>& panel, int64_t r) {
     for (int i = 0; i < PN; ++i) finish<C, NV>(panel, p + i, r + m, &acc[m][i * NV], xn[m][i]);
 }
 
+// tile<MR> for the rows r .. r + size, of at most MR.
+template <int MR, class Tile> FR_INLINE void tile_of(int64_t size, int64_t r, const Tile& tile) {
+  if (MR == 1 || size == MR) return tile(std::integral_constant<int, MR>{}, r);
+  if constexpr (MR > 1) tile_of<MR - 1>(size, r, tile);
+}
 // Runs tile<MR> over `rows` rows in tiles of even size, at most tile_rows<NV>().
 template <int NV, class Tile> FR_INLINE void even_tiles(int64_t rows, const Tile& tile) {
   constexpr int most = tile_rows<NV>();
   int64_t tiles = (rows + most - 1) / most;
   for (int64_t r = 0; r < rows; --tiles) {
     const int64_t size = (rows - r + tiles - 1) / tiles;
-    switch (size) {
-      case 1: tile(std::integral_constant<int, 1>{}, r); break;
-      case 2: tile(std::integral_constant<int, 2>{}, r); break;
-      case 3:
-        if constexpr (most >= 3) tile(std::integral_constant<int, 3>{}, r);
-        break;
-      case 4:
-        if constexpr (most >= 4) tile(std::integral_constant<int, 4>{}, r);
-        break;
-      case 5:
-        if constexpr (most >= 5) tile(std::integral_constant<int, 5>{}, r);
-        break;
-      case 6:
-        if constexpr (most >= 6) tile(std::integral_constant<int, 6>{}, r);
-        break;
-      case 7:
-        if constexpr (most >= 7) tile(std::integral_constant<int, 7>{}, r);
-        break;
-      default:
-        if constexpr (most >= 8) tile(std::integral_constant<int, 8>{}, r);
-        break;
-    }
+    tile_of<most>(size, r, tile);
     r += size;
   }
 }

@@ -118,13 +118,12 @@ template <class F> static bool enter_row(const Sequence<F>& q, const Chunk<F>& c
 
 // An outer sum over the rows of a chunk; rows of dw are split over the threads.
 template <class F> static void weight_grad(const Pool& pool, int64_t M, const OuterSum<F>& s) {
-  constexpr int64_t enough_for_tiles = 16;
   const bool narrow = s.N * 2 <= Vec<Real<F>>::width;
   split(pool, M, M * s.N * s.K, [&](int64_t m0, int64_t m1) {
     if (s.db) column_sums(s.K, m1 - m0, s.g + m0, s.ldg, s.db + m0);
 #if FR_DOTS
     if constexpr (on_tiles<F>)
-      if (!narrow && s.K >= enough_for_tiles) return outer_sum_on_tiles(s, m0, m1);
+      if (!narrow && s.K >= tile_k / 2) return outer_sum_on_tiles(s, m0, m1);  // fewer rows fill no tile
 #endif
     narrow ? outer_sum_narrow(s, m0, m1) : outer_sum_tiled(s, m0, m1);
   });
