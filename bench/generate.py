@@ -242,6 +242,11 @@ def work(config: NetworkConfig) -> tuple[int, int]:
     return 2 * weights, weights
 
 
+def weight_sizes(config: NetworkConfig) -> dict[str, int]:
+    """The bytes of weights a step reads, by type."""
+    return {dtype: work(config)[1] * size for dtype, size in WEIGHT_BYTES.items()}
+
+
 def least_step(model: str, dtype: str, batch: int, top: roofs.Roofs) -> float:
     """The microseconds that a step takes at least under these roofs."""
     operations, weights = work(MODELS[model])
@@ -284,11 +289,13 @@ def measure(model: str, batch: int, names: list[str], setting: Setting) -> list[
     if setting.faults is not None:
         setting.faults.extend(f"{model} B={batch}: {fault}" for fault in faults)
     loops = {name: rival.run for name, rival in entrants.items()}
-    tasks = {} if device == "cuda" else {f"roof {name}": task.loop for name, task in roofs.tasks().items()}
-    costs, top = possible(slopes(loops | tasks, clock, **setting.pace)), None
+    tasks = {} if device == "cuda" else roofs.products() | roofs.reads(weight_sizes(config))
+    loops |= {name: task.loop for name, task in tasks.items()}
+    costs, top = possible(slopes(loops, clock, **setting.pace)), None
     if tasks and costs.keys() >= tasks.keys():
-        top = roofs.of_seconds({name.removeprefix("roof "): costs.pop(name).step.median / 1e6 for name in tasks})
+        top = roofs.Roofs.of_seconds(tasks, {name: costs[name].step.median / 1e6 for name in tasks})
         print(f"  {top}", flush=True)
+    costs = {name: cost for name, cost in costs.items() if name not in tasks}
     base = min((costs[name].step.median for name in peers.BASELINES if name in costs), default=float("nan"))
     sizes = dict(B=batch, I=config.input_size, H=config.hidden_size, L=config.num_layers, V=config.vocab_size)
     rows = []

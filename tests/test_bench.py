@@ -66,7 +66,8 @@ def test_generate_measures_or_says_why_not(generated):
         for name in ("fastrnn float32", *peers.BASELINES):
             assert f"  {name}: not timed: " not in printed
     ours = [(row["op"], row["B"], row["backend"]) for row in found if row["backend"] in generate.OURS]
-    if "  roof " in printed and ": no figure: " in printed:
+    if printed.count("  roofs: ") < len(generate.QUICK["batches"]):
+        assert ": no figure: " in printed
         return  # a machine too busy for a roof has said so
     for op, batch, name in ours:  # each with what the machine allowed in the same rounds
         assert "set-up" in op or "roof" in op or (op.replace("generate", "generate roof"), batch, name) in ours
