@@ -33,6 +33,21 @@ inline bool throws(const std::function<void()>& call) {
   return false;
 }
 
+// Calls `test` on each of the named instruction sets that this processor has, and says which.
+inline void on_each(const std::vector<std::string>& names, const char* program, const std::function<void()>& test) {
+  bool ran = false;
+  for (const std::string& name : names) {
+    if (throws([&] { fr::set_cpu_isa(name.c_str()); })) {
+      std::printf("%s: this processor has no %s, left out\n", program, name.c_str());
+      continue;
+    }
+    test();
+    ran = true;
+    std::printf("%s: %s holds\n", program, name.c_str());
+  }
+  if (!ran) std::printf("%s: nothing was run\n", program);
+}
+
 // Numbers that are the same on every machine.
 class Random {
  public:

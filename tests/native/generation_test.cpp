@@ -192,16 +192,10 @@ void test_without_table(Precision precision) {
 
 // Runs on each of the named instruction sets that this processor has; the argument `short` leaves out a large
 // network, `few` all but one shape.
-int main(int count, char** names) {
-  bool large = true, one_shape = false, ran = false;
-  for (int i = 1; i < count; ++i) {
-    const std::string name = names[i];
-    large = large && name != "short", one_shape = one_shape || name == "few";
-    if (name == "short" || name == "few") continue;
-    if (throws([&] { fr::set_cpu_isa(names[i]); })) {
-      std::printf("generation: this processor has no %s, left out\n", names[i]);
-      continue;
-    }
+int main(int count, char** arguments) {
+  std::vector<std::string> names(arguments + 1, arguments + count);
+  const bool large = std::erase(names, "short") == 0, one_shape = std::erase(names, "few") != 0;
+  on_each(names, "generation", [&] {
     for (const Precision precision : {Precision::float32, Precision::bfloat16, Precision::int8}) {
       for (const Cell cell : {Cell::lstm, Cell::gru, Cell::rnn_tanh, Cell::rnn_relu})
         test_kind(cell, precision, one_shape);
@@ -209,9 +203,6 @@ int main(int count, char** names) {
       test_tiles(precision, one_shape);
       if (large && precision != Precision::float32) test_without_table(precision);
     }
-    ran = true;
-    std::printf("generation: %s holds\n", names[i]);
-  }
-  if (!ran) std::printf("generation: nothing was run\n");
+  });
   return 0;
 }

@@ -175,11 +175,13 @@ void test_draw() {
 
 }  // namespace
 
-int main() {
-  test_cells<float>("float32");
-  test_cells<double>("float64");
-  test_cells<fr::bf16>("bfloat16");
-  test_draw();
-  std::printf("kernels: %s holds\n", fr::cpu_isa());
+// Runs on each of the named instruction sets that this processor has.
+int main(int count, char** names) {
+  on_each({names + 1, names + count}, "kernels", [] {
+    test_cells<float>("float32");
+    test_cells<double>("float64");
+    test_cells<fr::bf16>("bfloat16");
+    test_draw();
+  });
   return 0;
 }
