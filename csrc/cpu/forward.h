@@ -56,8 +56,8 @@ static void forward_block(const CellWeights<S, G>& w, int64_t b0, int64_t b1, co
   zero(zeros.get(), q.P);
   const int64_t I = w.ahead.ih ? 0 : q.I, P = w.ahead.hh ? 0 : q.P;
   const Scratch<F> room(on_tiles<S> ? 0 : CellWeights<S, G>::PV * Vec<F>::width * (I > P ? I : P));
-  const CellMatrix<S, G> w_ih{w, q.w_ih, q.I, w.w_ih.get(), room.get()};
-  const CellMatrix<S, G> w_hh{w, q.w_hh, q.P, w.w_hh.get(), room.get()};
+  const CellMatrix<S, G> w_ih{w, q.w_ih, q.I, w.w_ih.get(), w.tiles_ih.get(), room.get()};
+  const CellMatrix<S, G> w_hh{w, q.w_hh, q.P, w.w_hh.get(), w.tiles_hh.get(), room.get()};
   const Products<S, G> products{w, w_ih};
   int64_t chunk_rows = 0;
   for (int64_t s = 0; s < q.T; ++s) {
@@ -80,8 +80,8 @@ static void forward_block(const CellWeights<S, G>& w, int64_t b0, int64_t b1, co
         cell.skip(t, b);
     }
     products.hidden(rows, all_h.get(), gx_now, panel_stride);
-    cell.step(Step<S, G>{t, count, b_of.get(), h.get(), w.p0, w.p1, on_tiles<S> ? nullptr : &w_hh, gx_now, panel_stride,
-                         place.get()});
+    cell.step(Step<S, G>{t, count, b_of.get(), h.get(), w.p0, w.p1, sums_on_tiles<S> ? nullptr : &w_hh, gx_now,
+                         panel_stride, place.get()});
   }
 }
 
@@ -213,7 +213,7 @@ static void forward_steps(const Sequence<S>& q, int64_t multiply_adds, const S* 
     return split(q.pool, q.B, multiply_adds, [&](int64_t b0, int64_t b1) { blocks(w, b0, b1); });
   }
   split(q.pool, panels, multiply_adds, [&](int64_t p0, int64_t p1) {
-    if constexpr (FR_AMX && on_tiles<S>)
+    if constexpr (sums_on_tiles<S>)
       for (int64_t p = p0; p < p1; ++p) blocks(CellWeights<S, G>(q, p, p + 1, {true, true}), 0, q.B);
     else
       forward_step<S, G>(q, p0, p1, cell);

@@ -227,9 +227,9 @@ template <class S, int G> struct CellWeights {
   }
 };
 
-// One of the two matrices of CellWeights, (G*H, K), as the products of some rows read it: `packed` as a whole or, where
-// that is null, as it lies in w. Then few rows read it in place, and more have `room`, (K, PV, W), for a panel at a
-// time.
+// One of the two matrices of CellWeights, (G*H, K), as the products of some rows read it: `packed` or in `tiles` as a
+// whole or, where both are null, as it lies in w. Then few rows read it in place, and more have `room`, (K, PV, W), for
+// a panel at a time.
 template <class S, int G> struct CellMatrix {
   using F = Real<S>;
   using Weights = CellWeights<S, G>;
@@ -238,6 +238,7 @@ template <class S, int G> struct CellMatrix {
   const S* w;
   int64_t K;
   const F* packed;
+  const S* tiles;
   F* room;
 
   // acc += a w for the rows m .. m + MR of `rows`, which come in turn, and panel i, counted from the first of
@@ -245,6 +246,9 @@ template <class S, int G> struct CellMatrix {
   template <int MR>
   FR_INLINE void multiply(int64_t i, int64_t m, int64_t rows, const S* const (&a)[MR], Vec<F> (&acc)[MR][PV]) const {
     const int64_t panels = weights.p1 - weights.p0, panel_elements = K * PV * Weights::W;
+#if FR_DOTS
+    if constexpr (on_tiles<S>) return multiply_pairs(i, m, a, acc);
+#endif
     if (packed)
       return panel_product<F, MR, 1, PV>(packed + i * panel_elements, 0, a, K, acc,
                                          next_panel<F, MR, PV>(packed, panels, K, i, m));
@@ -255,6 +259,24 @@ template <class S, int G> struct CellMatrix {
   }
 
  private:
+#if FR_DOTS
+  template <int MR>
+  FR_INLINE void multiply_pairs(int64_t i, int64_t m, const S* const (&a)[MR], Vec<F> (&acc)[MR][PV]) const {
+    constexpr int64_t W = Weights::W;
+    const int64_t column = tiles_of_k(K) * tile_k / 2 * W, panels = weights.p1 - weights.p0, share = m / MR;
+    const auto* pairs = reinterpret_cast<const Bf16Pair*>(tiles);
+    const Bf16Pair *w_now = pairs + i * PV * column, *rows[MR];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) rows[r] = reinterpret_cast<const Bf16Pair*>(a[r]);
+    panel_product<F, MR, PV, 1>(w_now, column, rows, K / 2, acc,
+                                share < PV ? pairs + ((i + 1 < panels ? i + 1 : 0) * PV + share) * column : nullptr);
+    if (K % 2 == 0) return;
+    Bf16Pair last[MR];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) last[r] = {a[r][K - 1], {}}, rows[r] = &last[r];
+    panel_product<F, MR, PV, 1>(w_now + K / 2 * W, column, rows, 1, acc);
+  }
+#endif
   int64_t row(int64_t i, int64_t n, int64_t lane) const { return Weights::row(weights.q, weights.p0 + i, n, lane); }
   template <int MR> void multiply_in_place(int64_t i, const S* const (&a)[MR], Vec<F> (&acc)[MR][PV], bool more) const {
     const S* rows[PV][Weights::W];
@@ -298,15 +320,16 @@ template <class S, int G> struct InputTile {
   }
 };
 
-// The products of a forward pass with gx: W_ih x of a chunk of rows, and, where tiles run, W_hh h of a step on top.
+// The products of a forward pass with gx: W_ih x of a chunk of rows and, where sums are tiles, W_hh h of a step on
+// top.
 template <class S, int G> struct Products {
   const CellWeights<S, G>& w;
   const CellMatrix<S, G>& w_ih;
   static constexpr int64_t row_elements = CellWeights<S, G>::sums * Vec<Real<S>>::width;
 
   void input(int64_t rows, const S* const* x, Real<S>* gx) const {
-#if FR_DOTS
-    if constexpr (on_tiles<S>) {
+#if FR_AMX
+    if constexpr (sums_on_tiles<S>) {
       for (int64_t p = 0; p < w.p1 - w.p0; ++p)
         for (int64_t m = 0; m < rows; ++m)
           copy(w.bias.get() + p * row_elements, row_elements, gx + (p * rows + m) * row_elements);
@@ -317,14 +340,14 @@ template <class S, int G> struct Products {
   }
   // Row m of the step is row m of gx.
   void hidden(int64_t rows, const S* const* h, Real<S>* gx, int64_t panel_stride) const {
-#if FR_DOTS
-    if constexpr (on_tiles<S>) add(rows, h, w.q.P, w.tiles_hh.get(), 3, gx, panel_stride);
+#if FR_AMX
+    if constexpr (sums_on_tiles<S>) add(rows, h, w.q.P, w.tiles_hh.get(), 3, gx, panel_stride);
 #endif
     (void)rows, (void)h, (void)gx, (void)panel_stride;
   }
 
  private:
-#if FR_DOTS
+#if FR_AMX
   // third: which of a panel's sums its third vector adds to.
   void add(int64_t rows, const S* const* a, int64_t K, const S* tiles, int64_t third, float* gx,
            int64_t panel_stride) const {

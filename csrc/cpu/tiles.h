@@ -12,8 +12,10 @@
 namespace fr {
 namespace FR_ISA {
 
-// Whether the products of S run on tiles.
+// Whether the factors of products of S are packed as tiles, and whether the sums of a step are tiles too, which meet
+// the gates in memory; vectors of sums meet them in registers.
 template <class S> constexpr bool on_tiles = FR_DOTS && sizeof(S) == sizeof(bf16);
+template <class S> constexpr bool sums_on_tiles = FR_AMX && on_tiles<S>;
 
 #if FR_DOTS
 
