@@ -29,8 +29,11 @@ SHAPES = [
     *((1, batch, 1, hidden, hidden) for hidden in (64, 256) for batch in (1, 16, 256)),
 ]  # fmt: skip
 SHORT = [(t, batch, 1, h, h) for h in (512, 1024) for t, batch in ((2, 1), (5, 1), (12, 1), (2, 16))]
-# Those to choose from: the third are few steps, where packing the weights counts.
-OF_NAME = {"all": SHAPES, "sequences": [shape for shape in SHAPES if shape[0] > 1], "short": SHORT}
+# Those to choose from: the last are few steps, where packing the weights counts.
+OF_NAME = {
+    "all": SHAPES, "sequences": [shape for shape in SHAPES if shape[0] > 1],
+    "steps": [shape for shape in SHAPES if shape[0] == 1], "short": SHORT,
+}  # fmt: skip
 QUICK = [(5, 1, 1, 32, 16), (1, 16, 1, 64, 64)]
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")  # run the shapes with T=1 and L=1

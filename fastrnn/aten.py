@@ -56,10 +56,15 @@ def stack(
 ):  # fmt: skip
     """Run a stack of layers as `torch.nn.LSTM` and its kin do: ``(y, hx)``; arguments as `fastrnn.ops.stack`."""
     options = (mode, bias, num_layers, dropout, training, bidirectional, batch_sizes)
-    if needs_grad and mode == "LSTM" and _one_step(x, batch_sizes) and len(weights) == 2 + 2 * bias:
-        # oneDNN packs the weights at every call, several times the work of a step forward and back.
-        h, c = step("lstm", "", x[0], (hx[0][0], hx[1][0]), weights if bias else [*weights, None, None])
-        return h.unsqueeze(0), (h.unsqueeze(0).clone(), c.unsqueeze(0))
+    if _one_step(x, batch_sizes) and len(weights) == 2 + 2 * bias and (needs_grad or mode != "LSTM"):
+        # The cell is the same step without what the layer prepares; for an LSTM with a gradient, oneDNN packs the
+        # weights at every call, several times the work of a step forward and back.
+        cell, _, nonlinearity = mode.lower().partition("_")
+        states = [state[0] for state in (hx if mode == "LSTM" else (hx,))]
+        h, *c = step(cell, nonlinearity, x[0], states, weights if bias else [*weights, None, None])
+        # y and hn are the caller's to write into, and the backward of an RNN reads its h.
+        y, hn = torch.stack((h,)) if cell == "rnn" else h.unsqueeze(0), torch.stack((h,))
+        return y, (hn, c[0].unsqueeze(0)) if c else hn
     if not (needs_grad and x.device.type == "cuda"):
         return _fused(options, x, hx, weights)
     states = hx if mode == "LSTM" else (hx,)

@@ -208,19 +208,20 @@ def _kernels_win(call: Call) -> bool:
 
 
 def _few_steps(call: Call) -> bool:
-    """Where so few steps of a GRU or RNN are PyTorch's (bench/results/short.csv).
+    """Where so few steps of a GRU or RNN are PyTorch's (bench/results/epyc/short.csv).
 
     In bfloat16, and in training on many rows, because the weights are packed as a whole before the first step; in
-    float32 because rows of weights that a core's own caches hold are read faster than transposed.
+    float32 because rows of weights that a core's own caches hold are read faster than transposed. Backward of 16 rows
+    in all packs nothing.
     """
     gru, half = call.op == "gru", call.dtype == torch.bfloat16
     width = min(call.hidden, 1536) / call.time  # beyond, packing and a step grow alike
     if call.op == "lstm":
         return False
     if half and call.needs_grad:
-        return width >= (300 if gru else 384)
+        return call.time * call.batch > 16 and width >= (256 if gru else 384)
     if half:
-        return width >= (350 if gru else 700)
+        return width >= (700 if not gru else 350 if call.hidden < 768 else 200)
     if call.needs_grad:
         return gru and call.batch > 8 and width >= 384
     if gru or call.hidden < 384:
@@ -232,18 +233,21 @@ def _few_steps(call: Call) -> bool:
 def _little_work(call: Call) -> bool:
     """Where one step is so little work that PyTorch's fixed cost counts; less often for the LSTM, which oneDNN has.
 
-    A single step's cost is Python and dispatch, of which the way to the kernels has less; with a gradient, PyTorch's
-    products are the faster ones for wide states, and its RNN cell is hardly more than they. In bfloat16 PyTorch's
-    products of so few rows are slow.
+    A single step's cost is Python and dispatch, of which the way to the kernels has less, and the weights: the kernels
+    read them as they lie for 16 rows at most. With a gradient, PyTorch's products are the faster ones for many rows and
+    wide states, and its RNN cell is hardly more than they; and the kernels' one node has the gradients of both weights
+    in memory at once, which for one row is most of the work. In bfloat16 PyTorch's products of so few rows are slow.
     """
     area, half = call.batch * call.hidden, call.dtype == torch.bfloat16
     if not call.needs_grad:
-        return half or call.batch <= 16 or area <= 4096
-    if half and call.hidden <= 64:
-        return call.op != "rnn" or call.batch >= 16
-    if call.op == "lstm":
-        return call.hidden <= 64 and area <= 1024
-    return call.op == "gru" and call.hidden <= 128 and area <= 4096
+        return half or call.batch <= 16 or area <= 16384
+    if half:
+        return call.hidden <= 128 or call.batch <= 4 or (call.batch <= 16 and call.hidden <= 256)
+    if call.op == "rnn":
+        return 1 < call.batch <= 16 and call.hidden >= 256
+    if call.batch == 1:
+        return call.hidden < 512
+    return call.batch <= 16 or area <= (4096 if call.op == "lstm" else 16384)
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------

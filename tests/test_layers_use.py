@@ -9,6 +9,7 @@ from layer_cases import CELLS, LAYERS, flat, make_state, pair
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import fastrnn
 from fastrnn import layers
 
 
@@ -132,14 +133,16 @@ def test_fx_keeps_the_layer_whole(name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", [None, "aten"])
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])  # torch.nn.RNNCell forbids it too
-def test_writing_into_results_before_backward(name):
+def test_writing_into_results_before_backward(name, backend):
     theirs, ours = pair(name, 3, 4)
     x = torch.randn(5, 2, 3) if name in LAYERS else torch.randn(2, 3)
-    for t in (1, 5) if name in LAYERS else (2,):
+    for t in ((1, 5) if backend is None else (1,)) if name in LAYERS else (2,):  # oneDNN's LSTM forbids it too
         grads = []
         for module, write in ((theirs, False), (ours, True)):
-            outputs = flat(module(x[:t]))
+            with fastrnn.backend(backend):
+                outputs = flat(module(x[:t]))
             doubled = [out.mul_(2) if write else out * 2 for out in outputs]
             grads.append(torch.autograd.grad(sum(out.square().sum() for out in doubled), list(module.parameters())))
         for theirs_grad, ours_grad in zip(*grads, strict=True):

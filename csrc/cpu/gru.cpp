@@ -137,12 +137,12 @@ static void gru_backward_steps(const GruBackwardKernel<S>& k, const Chunk<S>& c,
 template <class S> static void gru_backward(const GruBackward<S>& call) {
   const Sequence<S>& q = call.in;
   const int64_t H = q.H, G = 3 * H;
-  const Accumulator<S> dh0(call.dh0, q.B * H), dw_ih(call.dw_ih, G * q.I), dw_hh(call.dw_hh, G * H),
-      db_ih(call.db_ih, G), db_hh(call.db_hh, G);
+  const Accumulator<S> dh0(call.dh0, q.B * H), dw_ih(call.dw_ih, G * q.I, whole_sums(q, q.I)),
+      dw_hh(call.dw_hh, G * H, whole_sums(q, H)), db_ih(call.db_ih, G), db_hh(call.db_hh, G);
   dh0.start(call.dhn);
   db_ih.start(), db_hh.start();
   if (q.T * q.B == 0) dw_ih.start(), dw_hh.start();
-  const bool ahead = worth_packing_for_backward(q);
+  const bool ahead = !few_rows(q);
   GruBackwardKernel<S> k{call, dh0.get(), {G, H, ahead}, {call.dx ? G : 0, q.I, ahead}};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
   if (call.dx) k.w_ih.pack_transposed(q.pool, q.w_ih, 2 * H);
@@ -151,9 +151,9 @@ template <class S> static void gru_backward(const GruBackward<S>& call) {
       q, 4 * H, q.T * q.B * H * G, [&](const Chunk<S>& c, int64_t b0, int64_t b1) { gru_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
         if (call.dx) input_grad(q, c, c.dp, k.w_ih, G, call.dx);
-        weight_grad<S>(q.pool, 2 * H, {!c.first, q.I, c.rows, c.dp + H, c.ld, c.x, dw_ih.get(), db_ih.get()});
-        weight_grad<S>(q.pool, H, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get() + 2 * H * q.I, db_n});
-        weight_grad<S>(q.pool, G, {!c.first, H, c.rows, c.dp + H, c.ld, c.h, dw_hh.get(), db_hh.get()});
+        weight_grad<S>(q.pool, 2 * H, {!c.first, q.I, c.rows, c.dp + H, c.ld, c.x, dw_ih.at(0), db_ih.get()});
+        weight_grad<S>(q.pool, H, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.at(2 * H * q.I), db_n});
+        weight_grad<S>(q.pool, G, {!c.first, H, c.rows, c.dp + H, c.ld, c.h, dw_hh.at(0), db_hh.get()});
       });
   for (const Accumulator<S>* result : {&dh0, &dw_ih, &dw_hh, &db_ih, &db_hh}) result->finish();
 }

@@ -193,15 +193,15 @@ static void lstm_backward_steps(const LstmBackwardKernel<S>& k, const Chunk<S>& 
 template <class S> static void lstm_backward(const LstmBackward<S>& call) {
   const Sequence<S>& q = call.in;
   const int64_t H = q.H, P = q.P, G = 4 * H;
-  const Accumulator<S> dh0(call.dh0, q.B * P), dc0(call.dc0, q.B * H), dw_ih(call.dw_ih, G * q.I),
-      dw_hh(call.dw_hh, G * P), db(call.db, G), dw_hr(call.dw_hr, P * H);
+  const Accumulator<S> dh0(call.dh0, q.B * P), dc0(call.dc0, q.B * H), dw_ih(call.dw_ih, G * q.I, whole_sums(q, q.I)),
+      dw_hh(call.dw_hh, G * P, whole_sums(q, P)), db(call.db, G), dw_hr(call.dw_hr, P * H, whole_sums(q, H));
   dh0.start(call.dhn), dc0.start(call.dcn);
   db.start();
   if (q.T * q.B == 0) dw_ih.start(), dw_hh.start(), dw_hr.start();
   const int64_t kept = call.w_hr ? chunk_steps(q) * q.B : 0, ld_dh = padded_stride(P);
   const Scratch<S> dh(kept * ld_dh), m(kept * H);
   const Scratch<const S*> m_of(kept);
-  const bool ahead = worth_packing_for_backward(q);
+  const bool ahead = !few_rows(q);
   LstmBackwardKernel<S> k{
       call,     dh0.get(), dc0.get(), {G, P, ahead}, {call.dx ? G : 0, q.I, ahead}, {kept ? P : 0, kept ? H : 0},
       dh.get(), m.get(),   ld_dh,     m_of.get()};
@@ -213,9 +213,9 @@ template <class S> static void lstm_backward(const LstmBackward<S>& call) {
       [&](const Chunk<S>& c, int64_t b0, int64_t b1) { lstm_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
         if (call.dx) input_grad(q, c, c.dp, k.w_ih, G, call.dx);
-        weight_grad<S>(q.pool, G, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
-        weight_grad<S>(q.pool, G, {!c.first, P, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
-        if (kept) weight_grad<S>(q.pool, P, {!c.first, H, c.rows, k.dh, ld_dh, m_of.get(), dw_hr.get(), nullptr});
+        weight_grad<S>(q.pool, G, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.at(0), db.get()});
+        weight_grad<S>(q.pool, G, {!c.first, P, c.rows, c.dp, c.ld, c.h, dw_hh.at(0), nullptr});
+        if (kept) weight_grad<S>(q.pool, P, {!c.first, H, c.rows, k.dh, ld_dh, m_of.get(), dw_hr.at(0), nullptr});
       });
   for (const Accumulator<S>* result : {&dh0, &dc0, &dw_ih, &dw_hh, &db, &dw_hr}) result->finish();
 }

@@ -20,12 +20,36 @@ template <class Fn> static void split(const Pool& pool, int64_t n, int64_t multi
             [](int64_t begin, int64_t end, const void* ctx) { (*static_cast<const Fn*>(ctx))(begin, end); });
 }
 
+// sums[m] (ld,) += a[m] w for MR rows and `count` links: a (MR, in_place_links) and rows w of N elements.
+constexpr int64_t in_place_links = 8;
+template <int MR, class S>
+static void add_links(const S* const* w, int64_t count, int64_t N, const Real<S>* a, Real<S>* sums, int64_t ld) {
+  using V = Vec<Real<S>>;
+  for (int64_t n = 0; n < N; n += V::width) {
+    V sum[MR];
+    const auto add = [&](int64_t i, V wv) {
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) sum[m] = fma(V(a[m * in_place_links + i]), wv, sum[m]);
+    };
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) sum[m] = load(sums + m * ld + n);
+    if (count == in_place_links && n + V::width <= N) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < in_place_links; ++i) add(i, load(w[i] + n));
+    } else {
+      for (int64_t i = 0; i < count; ++i) add(i, load(w[i] + n, N - n));
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) store(sum[m], sums + m * ld + n);
+  }
+}
+
 // out[m] (N,) = a[m] (K,) w for rows given by their addresses and w (K, N) as it lies, whose rows are taken from
 // `first` on, in a circle. Each sum is the chain of RowProduct; so many links at a time that the rows of w stay in the
 // nearest cache for all rows of a.
 //
 // Owns:   out.
-// Keeps:  one vector of sums over a block of k; all others in memory.
+// Keeps:  a vector of sums of up to four rows over a block of k; all others in memory.
 // Moves:  w once; the sums once for each block.
 // Syncs:  nothing.
 // Limits: none.
@@ -33,27 +57,22 @@ template <class S, class O>
 static void multiply_in_place(const S* w, int64_t K, int64_t N, int64_t first, int64_t rows, const S* const* a,
                               O* const* out) {
   using F = Real<S>;
-  using V = Vec<F>;
-  constexpr int64_t block = 8;
-  const int64_t ld = round_up(N, V::width);
-  const Scratch<F> sums(rows * ld);
+  const int64_t ld = round_up(N, Vec<F>::width);
+  const Scratch<F> sums(rows * ld), links(rows * in_place_links);
   zero(sums.get(), rows * ld);
-  const S* w_of[block];
-  for (int64_t k = 0; k < K; k += block) {
-    const int64_t count = K - k < block ? K - k : block;
+  const S* w_of[in_place_links];
+  for (int64_t k = 0; k < K; k += in_place_links) {
+    const int64_t count = K - k < in_place_links ? K - k : in_place_links;
     for (int64_t i = 0; i < count; ++i) w_of[i] = w + (k + i + first < K ? k + i + first : k + i + first - K) * N;
     for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < N; n += V::width) {
-        F* to = sums.get() + m * ld + n;
-        V sum = V::load(to);
-        if (count == block && n + V::width <= N) {
-#pragma GCC unroll 8
-          for (int i = 0; i < block; ++i) sum = fma(V(widen(a[m][k + i])), load(w_of[i] + n), sum);
-        } else {
-          for (int64_t i = 0; i < count; ++i) sum = fma(V(widen(a[m][k + i])), load(w_of[i] + n, N - n), sum);
-        }
-        sum.store(to);
-      }
+      for (int64_t i = 0; i < count; ++i) links.get()[m * in_place_links + i] = widen(a[m][k + i]);
+    int64_t m = 0;
+    const auto add = [&](auto some) {
+      constexpr int MR = decltype(some)::value;
+      for (; m + MR <= rows; m += MR)
+        add_links<MR>(w_of, count, N, links.get() + m * in_place_links, sums.get() + m * ld, ld);
+    };
+    add(std::integral_constant<int, 4>{}), add(std::integral_constant<int, 2>{}), add(std::integral_constant<int, 1>{});
   }
   for (int64_t m = 0; m < rows; ++m) convert(sums.get() + m * ld, N, out[m]);
 }

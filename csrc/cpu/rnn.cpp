@@ -112,11 +112,12 @@ static void rnn_backward_steps(const RnnBackwardKernel<S>& k, const Chunk<S>& c,
 template <class S> static void rnn_backward(const RnnBackward<S>& call) {
   const Sequence<S>& q = call.in;
   const int64_t H = q.H;
-  const Accumulator<S> dh0(call.dh0, q.B * H), dw_ih(call.dw_ih, H * q.I), dw_hh(call.dw_hh, H * H), db(call.db, H);
+  const Accumulator<S> dh0(call.dh0, q.B * H), dw_ih(call.dw_ih, H * q.I, whole_sums(q, q.I)),
+      dw_hh(call.dw_hh, H * H, whole_sums(q, H)), db(call.db, H);
   dh0.start(call.dhn);
   db.start();
   if (q.T * q.B == 0) dw_ih.start(), dw_hh.start();
-  const bool ahead = worth_packing_for_backward(q);
+  const bool ahead = !few_rows(q);
   RnnBackwardKernel<S> k{call, dh0.get(), {H, H, ahead}, {call.dx ? H : 0, q.I, ahead}};
   k.w_hh.pack_transposed(q.pool, q.w_hh);
   if (call.dx) k.w_ih.pack_transposed(q.pool, q.w_ih);
@@ -124,8 +125,8 @@ template <class S> static void rnn_backward(const RnnBackward<S>& call) {
       q, H, q.T * q.B * H * H, [&](const Chunk<S>& c, int64_t b0, int64_t b1) { rnn_backward_steps(k, c, b0, b1); },
       [&](const Chunk<S>& c) {
         if (call.dx) input_grad(q, c, c.dp, k.w_ih, H, call.dx);
-        weight_grad<S>(q.pool, H, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.get(), db.get()});
-        weight_grad<S>(q.pool, H, {!c.first, H, c.rows, c.dp, c.ld, c.h, dw_hh.get(), nullptr});
+        weight_grad<S>(q.pool, H, {!c.first, q.I, c.rows, c.dp, c.ld, c.x, dw_ih.at(0), db.get()});
+        weight_grad<S>(q.pool, H, {!c.first, H, c.rows, c.dp, c.ld, c.h, dw_hh.at(0), nullptr});
       });
   for (const Accumulator<S>* result : {&dh0, &dw_ih, &dw_hh, &db}) result->finish();
 }

@@ -38,27 +38,32 @@ static void apply_reset(const Sequence<S>& q, int64_t t, int64_t b0, int64_t b1,
     if (is_reset(q, t, b) && takes_part(q, t, b)) zero(state + b * width, width);
 }
 
-// Real numbers that become an output of S: the output itself, or scratch that `finish` rounds into it.
+// Real numbers that become an output of S: the output itself, or scratch that `finish` rounds into it. With `whole`
+// they are found all at once and rounded as they are written, so that nothing is kept.
 template <class S> class Accumulator {
  public:
   using F = Real<S>;
-  Accumulator(S* out, int64_t n) : out_(out), n_(out ? n : 0), own_(same ? 0 : n_) {}
+  Accumulator(S* out, int64_t n, bool whole = false)
+      : out_(out), n_(out ? n : 0), whole_(whole && !same), own_(same || whole_ ? 0 : n_) {}
   F* get() const {
     if constexpr (same)
       return out_;
     else
       return own_.get();
   }
+  SumsAt<S> at(int64_t i) const { return whole_ ? SumsAt<S>{nullptr, out_ + i} : SumsAt<S>{get() + i, nullptr}; }
   void start(const S* from) const { convert(from, n_, get()); }
   void start() const { zero(get(), n_); }
   void finish() const {
-    if constexpr (!same) convert(own_.get(), n_, out_);
+    if constexpr (!same)
+      if (!whole_) convert(own_.get(), n_, out_);
   }
 
  private:
   static constexpr bool same = sizeof(S) == sizeof(F);
   S* out_;
   int64_t n_;
+  bool whole_;
   Scratch<F> own_;
 };
 
@@ -78,9 +83,17 @@ template <class F> struct Chunk {
 
 FR_INLINE int64_t padded_stride(int64_t n) { return round_up(n, 32) + 16; }
 
-// Whether backward's products, of all rows in their steps, are enough to pack the weights for; measured
-// (bench/results/short.csv).
-template <class F> static bool worth_packing_for_backward(const Sequence<F>& q) { return q.T * q.B > 16; }
+// Whether backward has so few rows, in all their steps, that the weights are not packed for its products and that its
+// outer sums fill no tile; measured (bench/results/epyc/short.csv).
+template <class F> static bool few_rows(const Sequence<F>& q) { return q.T * q.B <= 16; }
+
+// Whether vectors run along the rows of an outer sum of N columns.
+template <class F> static bool narrow(int64_t N) { return N * 2 <= Vec<Real<F>>::width; }
+
+// Whether the outer sums of N columns, of which one chunk has all, are rounded as they are written.
+template <class F> static bool whole_sums(const Sequence<F>& q, int64_t N) {
+  return few_rows(q) && q.T * q.B > 0 && !narrow<F>(N);
+}
 
 // How many steps a chunk has: enough rows for the sums of outer products, few enough to stay in cache.
 template <class F> static int64_t chunk_steps(const Sequence<F>& q) {
@@ -118,14 +131,15 @@ template <class F> static bool enter_row(const Sequence<F>& q, const Chunk<F>& c
 
 // An outer sum over the rows of a chunk; rows of dw are split over the threads.
 template <class F> static void weight_grad(const Pool& pool, int64_t M, const OuterSum<F>& s) {
-  const bool narrow = s.N * 2 <= Vec<Real<F>>::width;
   split(pool, M, M * s.N * s.K, [&](int64_t m0, int64_t m1) {
     if (s.db) column_sums(s.K, m1 - m0, s.g + m0, s.ldg, s.db + m0);
+    if (s.dw.whole) return outer_sum_tiled(s, m0, m1, s.dw.whole);
+    if (narrow<F>(s.N)) return outer_sum_narrow(s, m0, m1);
 #if FR_DOTS
     if constexpr (on_tiles<F>)
-      if (!narrow && s.K >= tile_k / 2) return outer_sum_on_tiles(s, m0, m1);  // fewer rows fill no tile
+      if (s.K >= tile_k / 2) return outer_sum_on_tiles(s, m0, m1);  // fewer rows fill no tile
 #endif
-    narrow ? outer_sum_narrow(s, m0, m1) : outer_sum_tiled(s, m0, m1);
+    outer_sum_tiled(s, m0, m1, s.dw.real);
   });
 }
 

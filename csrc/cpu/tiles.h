@@ -197,7 +197,7 @@ static void tile_product(int64_t rows, const bf16* a, const bf16* w, int64_t KB,
 }
 #endif
 
-// The rows m0 .. m1 of an outer sum. Rows of g may be read up to a vector beyond their end.
+// The rows m0 .. m1 of an outer sum in dw.real. Rows of g may be read up to a vector beyond their end.
 static void outer_sum_on_tiles(const OuterSum<bf16>& s, int64_t m0, int64_t m1) {
   const int64_t KB = tiles_of_k(s.K), columns = (s.N + 15) / 16, ldc = columns * 16;
   const Scratch<bf16> right(columns * KB * tile_elements), left(2 * KB * tile_elements);
@@ -223,7 +223,7 @@ static void outer_sum_on_tiles(const OuterSum<bf16>& s, int64_t m0, int64_t m1) 
         rows, left.get(), right.get(), KB, columns, false, [&](int64_t c) { return sums.get() + c * 16; }, ldc);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t n = 0; n < s.N; n += 16) {
-        float* to = s.dw + (m + i) * s.N + n;
+        float* to = s.dw.real + (m + i) * s.N + n;
         const Vec<float> sum = load(sums.get() + i * ldc + n);
         (s.add ? load(to, s.N - n) + sum : sum).store(to, s.N - n);
       }
