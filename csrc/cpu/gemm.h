@@ -71,7 +71,7 @@ static void outer_tile(const F* g, const F* a, int64_t K, bool add, O* dw, int64
 template <class S, class O> static void outer_sum_tiled(const OuterSum<S>& s, int64_t m0, int64_t m1, O* dw) {
   using F = Real<S>;
   using V = Vec<F>;
-  constexpr int MR = FR_VEC_BYTES == 64 ? 6 : 4, NV = FR_VEC_BYTES == 64 ? 4 : 2;
+  constexpr int MR = FR_VEC_BYTES == 64 ? 6 : 4, NV = FR_VEC_BYTES == 64 ? 4 : 2, three = NV < 3 ? NV : 3;
   constexpr int64_t W = V::width, packed_bytes = 64 * 1024;
   const int64_t tiles = (m1 - m0 + MR - 1) / MR, block = s.K < outer_block ? s.K : outer_block;
   const int64_t fit = packed_bytes / (block * NV * FR_VEC_BYTES), panels = (s.N + NV * W - 1) / (NV * W);
@@ -97,10 +97,10 @@ template <class S, class O> static void outer_sum_tiled(const OuterSum<S>& s, in
       for (int64_t m = m0; m < m1; m += MR)
         for (int64_t p = p0; p < p1; ++p) {
           const int64_t left = vectors(p), n0 = p * NV * W;
-          const auto tile = left > 3 ? outer_tile<MR, NV, F, O> : left > 2 ? outer_tile < MR, NV < 3 ? NV : 3, F,
-                     O >
-              : left > 1 ? outer_tile<MR, 2, F, O>
-                         : outer_tile<MR, 1, F, O>;
+          const auto tile = left > 3   ? outer_tile<MR, NV, F, O>
+                            : left > 2 ? outer_tile<MR, three, F, O>
+                            : left > 1 ? outer_tile<MR, 2, F, O>
+                                       : outer_tile<MR, 1, F, O>;
           tile(g_block.get() + (m - m0) * count, packed(p), count, s.add || k0 > 0, dw + m * s.N + n0, s.N, m1 - m,
                s.N - n0);
         }
