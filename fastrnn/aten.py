@@ -82,8 +82,12 @@ def stack(
 
 
 def _one_step(x: Tensor, batch_sizes: Tensor | None) -> bool:
-    """Whether a CPU is to run one step that no trace records for other lengths."""
-    return batch_sizes is None and x.device.type == "cpu" and not torch.jit.is_tracing() and x.shape[0] == 1
+    """Whether a CPU is to run one step that no trace records for other lengths, in the dtype of its arguments.
+
+    Under autocast the LSTM's cell answers in another dtype than the LSTM.
+    """
+    plain = not torch.jit.is_tracing() and not torch.is_autocast_enabled("cpu")
+    return batch_sizes is None and x.device.type == "cpu" and plain and x.shape[0] == 1
 
 
 def _fused(options: tuple, x: Tensor, hx, weights: list[Tensor]):

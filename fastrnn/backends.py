@@ -189,7 +189,9 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
         return ("cpu", "the whole loop runs in C++"), ("reference", "the loop in Python takes every network")
     if call.op not in CELLS:
         return ("cpu", "C++ kernels"), last
-    fused, ours = ("aten", "PyTorch's fused RNN runs the whole stack in one call"), ("cpu", "C++ kernels")
+    whole = "PyTorch's fused RNN runs the whole stack in one call"
+    fused = ("aten", whole if call.time > 1 else "PyTorch's own step is the faster one at this size")
+    ours = ("cpu", "C++ kernels")
     if call.time > 1 and _few_steps(call):
         return ("aten", "so few steps do not pay for the order in which the C++ kernels need the weights"), ours, last
     if _little_work(call) if call.time == 1 else _kernels_win(call):

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import pack_sequence
 
+import fastrnn
 from fastrnn import layers
 
 NAMES = LAYERS + CELLS
@@ -275,6 +276,22 @@ def test_autocast(name, dtype):
         torch.testing.assert_close(a.float(), b, rtol=0, atol=16 * torch.finfo(dtype).eps)
     actual[0].sum().backward()
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("backend", [None, "aten"])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("time", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_answers_in_the_dtypes_of_torch(name, time, gradient, backend):
+    theirs, module = pair(name, 8, 512)  # wide and many rows: a step that the table gives to PyTorch
+    x = torch.randn(time, 64, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradient):
+        expected = flat(theirs(x))
+        with fastrnn.backend(backend):
+            actual = flat(module(x))
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -75,9 +75,13 @@ static void pack_columns(const S* w, int64_t K, int64_t N, int64_t first, int64_
 
 // acc[m][n] += sum_k a[m][k] w[k][n] for PN panels of PV vectors each, panel_stride elements apart. Meanwhile a vector
 // for each k is asked for at `next`, which is where the caller will want weights soon. w is F, or bf16, widened as it
-// is read; or both are Bf16Pair, and k counts those. Owns:   an MR x (PN * PV vectors) tile of the product. Keeps:  MR
-// * PN * PV accumulator vectors; at most 24 of them fit the 32 registers of AVX-512, 9 the 16 of others. Moves:  PN *
-// PV vectors of w and MR elements of a for each k. Syncs:  nothing. Limits: none.
+// is read; or both are Bf16Pair, and k counts those.
+//
+// Owns:   an MR x (PN * PV vectors) tile of the product.
+// Keeps:  MR * PN * PV accumulator vectors; at most 24 of them fit the 32 registers of AVX-512, 9 the 16 of others.
+// Moves:  PN * PV vectors of w and MR elements of a for each k.
+// Syncs:  nothing.
+// Limits: none.
 template <class F, int MR, int PN, int PV, class Weight, class S>
 FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* const (&a)[MR], int64_t K,
                              Vec<F> (&acc)[MR][PN * PV], const Weight* next = nullptr) {
@@ -105,8 +109,13 @@ FR_INLINE void panel_product(const Weight* w, int64_t panel_stride, const S* con
 
 // The same for one panel of a matrix as it lies, row `lane` of vector n at rows[n][lane]: blocks of it are transposed
 // in registers. Meanwhile the next vector's rows are asked for, after the last one's those `ahead` elements after the
-// first's. Owns:   as panel_product. Keeps:  MR accumulators and a block of width vectors. Moves:  PV * width elements
-// of w and MR elements of a for each k. Syncs:  nothing. Limits: none.
+// first's.
+//
+// Owns:   as panel_product.
+// Keeps:  MR accumulators and a block of width vectors.
+// Moves:  PV * width elements of w and MR elements of a for each k.
+// Syncs:  nothing.
+// Limits: none.
 template <int MR, int PV, class S>
 static void panel_product_in_place(const S* const (&rows)[PV][Vec<Real<S>>::width], int64_t ahead,
                                    const S* const (&a)[MR], int64_t K, Vec<Real<S>> (&acc)[MR][PV]) {
