@@ -190,7 +190,7 @@ def preference(call: Call) -> tuple[tuple[str, str], ...]:
     if call.op not in CELLS:
         return ("cpu", "C++ kernels"), last
     whole = "PyTorch's fused RNN runs the whole stack in one call"
-    fused = ("aten", whole if call.time > 1 else "PyTorch's own step is the faster one at this size")
+    fused = ("aten", whole if call.time > 1 else "PyTorch's own cell is a single call")
     ours = ("cpu", "C++ kernels")
     if call.time > 1 and _few_steps(call):
         return ("aten", "so few steps do not pay for the order in which the C++ kernels need the weights"), ours, last
